@@ -1,0 +1,69 @@
+"""Randomness as a function of keys: which draw comes at which place never depends on batch size or process count.
+
+Everything random in gengrad starts from ``generator_for(seed, purpose, *numbers)``; a long sequence of draws is a
+``Stream``, whose element ``i`` is the same however the sequence is cut into batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gengrad.data.base import Distribution, FiniteData
+
+BLOCK = 256  # draws that share one generator: large enough to be fast, small enough to waste little at the ends
+
+
+def generator_for(seed: int, purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator seeded by a hash of ``(seed, purpose, *numbers)``; different keys are independent."""
+    key = repr((int(seed), purpose, *map(int, numbers))).encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def draw(distribution: Distribution, start: int, stop: int, seed: int, purpose: str) -> Tensor:
+    """Draws number ``start`` .. ``stop - 1`` of the sequence keyed by ``(seed, purpose)``, shape (stop - start, *event).
+
+    The sequence is cut into blocks of 256 with a generator each, so draw ``i`` is the same in any range that holds it.
+    """
+    if stop <= start:
+        return torch.empty(0, *distribution.event_shape)
+    first, last = start // BLOCK, (stop - 1) // BLOCK
+    blocks = [distribution.sample(BLOCK, generator_for(seed, purpose, b)) for b in range(first, last + 1)]
+    return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
+
+
+class Stream:
+    """The endless training sequence of a distribution: fresh draws of a density, shuffled epochs of finite data.
+
+    Element ``i`` is a pure function of ``(seed, purpose, i)``: an interrupted run goes on exactly where it was, and
+    two processes take disjoint slices of the sequence that one process would take whole.
+    """
+
+    def __init__(self, distribution: Distribution, seed: int, purpose: str):
+        self.distribution, self.seed, self.purpose = distribution, seed, purpose
+        # at most two epochs meet in one batch unless the batch is larger than the data
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        generator = generator_for(self.seed, self.purpose, epoch)
+        return torch.randperm(len(self.distribution), generator=generator)
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """Indices into finite data of elements ``start`` .. ``stop - 1``: every epoch visits every point once."""
+        size, position, parts = len(self.distribution), start, []
+        while position < stop:
+            epoch, offset = divmod(position, size)
+            taken = self._order(epoch)[offset : offset + stop - position]
+            parts.append(taken)
+            position += len(taken)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """Elements ``start`` .. ``stop - 1``, shape (stop - start, *event)."""
+        if isinstance(self.distribution, FiniteData):
+            return self.distribution.points[self.indices(start, stop)]
+        return draw(self.distribution, start, stop, self.seed, self.purpose)

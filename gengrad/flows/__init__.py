@@ -1,0 +1,7 @@
+"""HOW mass moves: the particle flow itself, learned transports, and the flow that a training run leaves behind."""
+
+from gengrad.flows.flow import Flow, Samples, load
+from gengrad.flows.particles import ParticleFlow, particle_flow
+from gengrad.flows.transports import Transport, VelocityTransport
+
+__all__ = ["Flow", "ParticleFlow", "Samples", "Transport", "VelocityTransport", "load", "particle_flow"]

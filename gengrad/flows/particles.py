@@ -1,0 +1,81 @@
+"""The particle flow itself, without a network: what every learned flow is an approximation of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gengrad.functionals.base import Functional
+
+
+@dataclass(frozen=True)
+class ParticleFlow:
+    """States and velocities of a particle flow: ``states`` (steps + 1, n, *event), ``velocities`` (steps, n, *event).
+
+    ``taus`` are the lengths of the steps in flow time, ``values`` F at the states where they were asked for, and
+    ``logs`` what the functional said of each evaluation.
+    """
+
+    states: Tensor
+    velocities: Tensor
+    taus: tuple[float, ...]
+    values: tuple[float, ...] = ()
+    logs: tuple[dict[str, float], ...] = field(default=())
+
+
+def geodesic_times(steps: int, end: float = 1.0) -> list[float]:
+    """Equal steps of the geodesic clock: t_k = k end / steps, k = 0 .. steps.
+
+    Where the velocity of the remaining flow is w = v / (1 - t), a step of the clock from t_k to t_{k+1} moves by
+    eta_k v with eta_k = (t_{k+1} - t_k) / (1 - t_k); a constant eta gives t_k = 1 - (1 - eta)^k.
+    """
+    return [end * k / steps for k in range(steps + 1)]
+
+
+def geodesic_taus(times: Sequence[float]) -> list[float]:
+    """eta_k = (t_{k+1} - t_k) / (1 - t_k): the steps of a particle flow that make the clock show ``times``."""
+    return [(after - before) / (1 - before) for before, after in zip(times, times[1:])]
+
+
+def particle_flow(
+    functional: Functional | Callable[[int], Functional],
+    x: Tensor,
+    taus: Sequence[float],
+    *,
+    record_values: bool = False,
+) -> ParticleFlow:
+    """Explicit Euler on particles: X^{k+1} = X^k + tau_k v(X^k), v = ``functional.velocity``.
+
+    ``functional`` may also be a function of the step number, for a fresh target batch at each step. x: (n, *event).
+    Raises ``ValueError`` for a functional that needs a density, and for a step that is not positive and finite.
+    Solvers inside the functional are warm-started from the step before.
+    """
+    choose = functional if not isinstance(functional, Functional) else (lambda step: functional)
+    if any(not 0 < tau < float("inf") for tau in taus):
+        raise ValueError(f"the steps tau of a particle flow are positive and finite; got {list(taus)}")
+    states, velocities, values, logs, memory = [x], [], [], [], {}
+    for step, tau in enumerate(taus):
+        current = choose(step)
+        if current.needs_density:
+            raise ValueError(
+                f"{type(current).__name__} needs a density, which a cloud of particles does not have; "
+                "descend it with a method that carries densities"
+            )
+        v = current.velocity(states[-1], memory)
+        if record_values:
+            values.append(float(current(states[-1])))
+        logs.append(dict(memory.get("log", {})))
+        velocities.append(v)
+        states.append(states[-1] + tau * v)
+    if record_values:
+        values.append(float(choose(len(taus) - 1)(states[-1])))
+    return ParticleFlow(
+        states=torch.stack(states),
+        velocities=torch.stack(velocities) if velocities else x.new_empty(0, *x.shape),
+        taus=tuple(taus),
+        values=tuple(values),
+        logs=tuple(logs),
+    )

@@ -1,0 +1,73 @@
+"""What every functional promises, and the sums that ``a * F + b * G`` builds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from gengrad.registry import Configured
+
+
+class Functional(Configured, ABC):
+    """A functional F of a measure, evaluated on the empirical measure of particles x (n, *event).
+
+    ``F(x)`` is a scalar; duplicating all particles leaves it unchanged. ``F.velocity(x)`` is minus the Wasserstein
+    gradient at the particles: v_i = -n dF/dx_i. Functionals add and scale: ``0.5 * F + G``.
+    """
+
+    needs_density = False  # true for entropies and their like, which no empirical measure has
+
+    @abstractmethod
+    def value(self, x: Tensor) -> Tensor:
+        """F of the particles, a scalar tensor, differentiable in x."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.value(x)
+
+    def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
+        """v_i = -n dF/dx_i, like x, by autograd unless a subclass knows better.
+
+        ``memory``: a dict that the caller keeps along one flow; a functional may warm-start from it and leaves its
+        diagnosis of the evaluation under ``memory["log"]`` (name -> number).
+        """
+        leaf = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.value(leaf), leaf)
+        return -len(x) * gradient
+
+    def __add__(self, other: Functional) -> Functional:
+        if not isinstance(other, Functional):
+            return NotImplemented
+        return Sum([*_terms(self), *_terms(other)])
+
+    def __mul__(self, factor: float) -> Functional:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return Sum([(float(factor) * weight, term) for weight, term in _terms(self)])
+
+    __rmul__ = __mul__
+
+
+class Sum(Functional):
+    """F(x) = sum_k w_k F_k(x) with the velocities summed likewise; what ``a * F + b * G`` returns."""
+
+    def __init__(self, terms: list[tuple[float, Functional]]):
+        super().__init__()
+        self.terms = terms
+        self.needs_density = any(term.needs_density for _, term in terms)
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.stack([weight * term.value(x) for weight, term in self.terms]).sum()
+
+    def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
+        memory = {} if memory is None else memory
+        parts = memory.setdefault("terms", [{} for _ in self.terms])
+        total = sum(w * term.velocity(x, part) for (w, term), part in zip(self.terms, parts))
+        memory["log"] = {key: value for part in parts for key, value in part.get("log", {}).items()}
+        return total
+
+
+def _terms(functional: Functional) -> list[tuple[float, Functional]]:
+    return functional.terms if isinstance(functional, Sum) else [(1.0, functional)]

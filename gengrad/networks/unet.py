@@ -1,0 +1,160 @@
+"""A small UNet: the velocity network of images from 8x8 upwards."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from gengrad.registry import NETWORKS, Configured, Settings
+
+
+def time_embedding(t: Tensor, size: int) -> Tensor:
+    """Sines and cosines of t (batch,) at ``size / 2`` frequencies from 1 to 1000 radians, shape (batch, size)."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000), size // 2, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def groups(channels: int) -> nn.GroupNorm:
+    """Group norm with the largest number of groups up to 8 that divides the channels."""
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a skip; time enters as a scale and a shift after the second norm."""
+
+    def __init__(self, before: int, after: int, time_size: int):
+        super().__init__()
+        self.norm_in, self.conv_in = groups(before), nn.Conv2d(before, after, 3, padding=1)
+        self.modulation = nn.Linear(time_size, 2 * after)
+        self.norm_out, self.conv_out = groups(after), nn.Conv2d(after, after, 3, padding=1)
+        self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        nn.init.zeros_(self.conv_out.weight)  # the block starts as its skip: deep stacks train from the first step
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, embedded_time: Tensor) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        scale, shift = rearrange(self.modulation(embedded_time), "b (two c) -> two b c 1 1", two=2)
+        h = self.norm_out(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv_out(F.silu(h))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over the pixels of a feature map, added to it."""
+
+    def __init__(self, channels: int, head_size: int = 32):
+        super().__init__()
+        self.heads = max(1, channels // head_size)
+        self.norm = groups(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        pattern = "b (three heads c) h w -> three b heads (h w) c"
+        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(h, "b heads (h w) c -> b (heads c) h w", h=height, w=width))
+
+
+@NETWORKS.register("unet")
+class UNet(nn.Module, Configured):
+    """``net(x, t)`` on images (batch, c, h, w): one level per entry of ``multipliers``, each half the size before.
+
+    Attention acts at the coarsest level. Raises ``ValueError`` when the image cannot be halved that often.
+    """
+
+    class Config(Settings):
+        channels: int = Field(32, ge=4)
+        multipliers: list[int] = Field([1, 2], min_length=1)
+        blocks: int = Field(1, ge=1)
+        attention: bool = True
+
+        @field_validator("multipliers")
+        @classmethod
+        def positive(cls, value: list[int]) -> list[int]:
+            if min(value) < 1:
+                raise ValueError("every multiplier is at least 1")
+            return value
+
+    def __init__(self, config: Settings | None = None, *, event_shape: tuple[int, ...], **settings):
+        nn.Module.__init__(self)
+        Configured.__init__(self, config, **settings)
+        self.event_shape = tuple(event_shape)
+        c = self.config
+        self._check(event_shape, len(c.multipliers))
+        widths = [c.channels * m for m in c.multipliers]
+        time_size = 4 * c.channels
+        self.time = nn.Sequential(nn.Linear(c.channels, time_size), nn.SiLU(), nn.Linear(time_size, time_size), nn.SiLU())
+        self.stem = nn.Conv2d(event_shape[0], widths[0], 3, padding=1)
+
+        self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]
+        width = widths[0]
+        for level, after in enumerate(widths):
+            for _ in range(c.blocks):
+                self.down.append(ResidualBlock(width, after, time_size))
+                width = after
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+
+        self.middle_in = ResidualBlock(width, width, time_size)
+        self.middle_attention = SelfAttention(width) if c.attention else nn.Identity()
+        self.middle_out = ResidualBlock(width, width, time_size)
+
+        self.up, self.enlarge = nn.ModuleList(), nn.ModuleList()
+        for level, after in reversed(list(enumerate(widths))):
+            for _ in range(c.blocks + 1):
+                self.up.append(ResidualBlock(width + skips.pop(), after, time_size))
+                width = after
+            if level > 0:
+                self.enlarge.append(nn.Conv2d(width, width, 3, padding=1))
+        self.norm, self.head = groups(width), nn.Conv2d(width, event_shape[0], 3, padding=1)
+        nn.init.zeros_(self.head.weight)  # velocity 0 at the start: the first steps learn the mean, not noise
+        nn.init.zeros_(self.head.bias)
+
+    @staticmethod
+    def _check(event_shape: tuple[int, ...], levels: int) -> None:
+        factor = 2 ** (levels - 1)
+        if len(event_shape) != 3:
+            raise ValueError(
+                f"network 'unet' works on images (c, h, w); the data have events of shape {event_shape}. "
+                "Use network.name=mlp for points."
+            )
+        if event_shape[1] % factor or event_shape[2] % factor:
+            raise ValueError(
+                f"network 'unet' with {levels} levels halves images {levels - 1} times, so both sides must be "
+                f"multiples of {factor}; the data are {event_shape[1]}x{event_shape[2]}. "
+                "Shorten network.multipliers or resize the images."
+            )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if y is not None:
+            raise ValueError("this unet takes no class labels; leave y out")
+        c = self.config
+        e = self.time(time_embedding(t.expand(len(x)), c.channels).to(x.dtype))
+        h = self.stem(x)
+        kept, down, shrink = [h], iter(self.down), iter(self.shrink)
+        for level in range(len(c.multipliers)):
+            for _ in range(c.blocks):
+                h = next(down)(h, e)
+                kept.append(h)
+            if level < len(c.multipliers) - 1:
+                h = next(shrink)(h)
+                kept.append(h)
+        h = self.middle_out(self.middle_attention(self.middle_in(h, e)), e)
+        up, enlarge = iter(self.up), iter(self.enlarge)
+        for level in reversed(range(len(c.multipliers))):
+            for _ in range(c.blocks + 1):
+                h = next(up)(torch.cat([h, kept.pop()], dim=1), e)
+            if level > 0:
+                h = next(enlarge)(F.interpolate(h, scale_factor=2, mode="nearest"))
+        return self.head(F.silu(self.norm(h)))

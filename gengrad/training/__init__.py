@@ -1,0 +1,1 @@
+"""Fits the networks of a method's stages; knows no concrete method."""

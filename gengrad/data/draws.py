@@ -36,6 +36,30 @@ def draw(distribution: Distribution, start: int, stop: int, seed: int, purpose: 
     return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
 
 
+class Shuffle:
+    """An endless sequence of indices below ``size``: shuffled epochs, each visiting every index once.
+
+    Element ``i`` is a pure function of ``(size, seed, purpose, i)``.
+    """
+
+    def __init__(self, size: int, seed: int, purpose: str):
+        self.size, self.seed, self.purpose = size, seed, purpose
+        # at most two epochs meet in one batch unless the batch is larger than an epoch
+        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        return torch.randperm(self.size, generator=generator_for(self.seed, self.purpose, epoch))
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """Elements ``start`` .. ``stop - 1``, int64."""
+        position, parts = start, []
+        while position < stop:
+            epoch, offset = divmod(position, self.size)
+            parts.append(self._epoch(epoch)[offset : offset + stop - position])
+            position += len(parts[-1])
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+
 class Stream:
     """The endless training sequence of a distribution: fresh draws of a density, shuffled epochs of finite data.
 
@@ -45,25 +69,10 @@ class Stream:
 
     def __init__(self, distribution: Distribution, seed: int, purpose: str):
         self.distribution, self.seed, self.purpose = distribution, seed, purpose
-        # at most two epochs meet in one batch unless the batch is larger than the data
-        self._order = lru_cache(maxsize=4)(self._shuffled)
-
-    def _shuffled(self, epoch: int) -> Tensor:
-        generator = generator_for(self.seed, self.purpose, epoch)
-        return torch.randperm(len(self.distribution), generator=generator)
-
-    def indices(self, start: int, stop: int) -> Tensor:
-        """Indices into finite data of elements ``start`` .. ``stop - 1``: every epoch visits every point once."""
-        size, position, parts = len(self.distribution), start, []
-        while position < stop:
-            epoch, offset = divmod(position, size)
-            taken = self._order(epoch)[offset : offset + stop - position]
-            parts.append(taken)
-            position += len(taken)
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+        self._order = Shuffle(len(distribution), seed, purpose)
 
     def take(self, start: int, stop: int) -> Tensor:
         """Elements ``start`` .. ``stop - 1``, shape (stop - start, *event)."""
         if isinstance(self.distribution, FiniteData):
-            return self.distribution.points[self.indices(start, stop)]
+            return self.distribution.points[self._order.take(start, stop)]
         return draw(self.distribution, start, stop, self.seed, self.purpose)

@@ -26,6 +26,7 @@ from gengrad.registry import DATASETS, settings_of
 
 FORMAT = 1  # of flow.json; raised when an older gengrad could not read a newer file rightly
 WEIGHTS, DESCRIPTION = "flow.safetensors", "flow.json"
+WAITING = ".next"  # ending of weights whose description is being written
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,10 @@ class Flow(nn.Module):
         return flow.eval()
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes ``flow.safetensors`` and ``flow.json`` (which holds the weights' SHA-256), each atomically.
+        """Writes ``flow.safetensors`` and ``flow.json`` (which holds the weights' SHA-256).
 
-        Raises ``ValueError`` for weights that are not finite: such a flow is never published.
+        A kill at any moment leaves either the old or the new flow loadable: the new weights wait under another name
+        until the description that names their hash is on the disk. Raises ``ValueError`` for weights that are not finite: such a flow is never published.
         """
         directory = Path(directory)
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state_dict().items()}
@@ -184,8 +186,10 @@ class Flow(nn.Module):
         if broken:
             raise ValueError(f"the flow's weights are not finite in {', '.join(broken[:3])}; it is not saved")
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / WEIGHTS, tensors_to_bytes(tensors))
-        write_json(directory / DESCRIPTION, {**self.describe(), "sha256": sha256_of(directory / WEIGHTS)})
+        waiting = directory / (WEIGHTS + WAITING)
+        write_atomically(waiting, tensors_to_bytes(tensors))
+        write_json(directory / DESCRIPTION, {**self.describe(), "sha256": sha256_of(waiting)})
+        os.replace(waiting, directory / WEIGHTS)
 
 
 def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Flow:
@@ -196,12 +200,11 @@ def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Fl
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"no run folder {str(directory)!r}; give the folder that train.py wrote (its out=...)")
-    for name in (DESCRIPTION, WEIGHTS):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{str(directory)!r} holds no {name}: it is no run folder of gengrad, or its training has not "
-                "reached the first checkpoint yet"
-            )
+    if not (directory / DESCRIPTION).is_file():
+        raise FileNotFoundError(
+            f"{str(directory)!r} holds no {DESCRIPTION}: it is no run folder of gengrad, or its training has not "
+            "reached the first checkpoint yet"
+        )
     try:
         description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
         version, digest = description["format"], description["sha256"]
@@ -209,13 +212,19 @@ def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Fl
         raise ValueError(f"{directory / DESCRIPTION} is damaged ({error!r}); train again or restore the file") from None
     if version != FORMAT:
         raise ValueError(f"{directory / DESCRIPTION} has format {version}; this gengrad {gengrad.__version__} reads {FORMAT}")
-    content = (directory / WEIGHTS).read_bytes()
-    if sha256_of(directory / WEIGHTS) != digest:
-        raise ValueError(
-            f"{directory / WEIGHTS} is truncated or altered: its SHA-256 is not the one in {DESCRIPTION}. "
-            "Resume the training for one checkpoint to write it again, or restore both files together"
-        )
+    content = _weights(directory, digest)
     try:
         return Flow.rebuild(description, load_tensors(content)).to(device)
     except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{directory} does not hold a flow that this version can build: {error}") from None
+
+
+def _weights(directory: Path, digest: str) -> bytes:
+    """The weights with the described hash, also when the save that wrote them was killed at its last rename."""
+    for name in (WEIGHTS, WEIGHTS + WAITING):
+        if (directory / name).is_file() and sha256_of(directory / name) == digest:
+            return (directory / name).read_bytes()
+    raise ValueError(
+        f"{directory / WEIGHTS} is missing, truncated or altered: its SHA-256 is not the one in {DESCRIPTION}. "
+        "Resume the training to its next checkpoint to write it again, or restore both files together"
+    )

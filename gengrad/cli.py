@@ -1,0 +1,168 @@
+"""The commands: train, sample, evaluate, doctor. A user's mistake ends with one message and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import gengrad
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the house's manner of refusing: one line on standard error, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n  (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "gengrad") -> int:
+    """Runs one command; returns the exit code: 0, 2 for a mistake of the user's, 130 or 143 after a signal."""
+    parser = _parser(prog)
+    given = parser.parse_args(list(sys.argv[1:]) if arguments is None else list(arguments))
+    return guarded(given.command, given)
+
+
+def guarded(command, given) -> int:
+    """Calls ``command(given)``; a mistake of the user's becomes one message instead of a traceback.
+
+    With GENGRAD_DEBUG=1 in the environment the traceback is shown all the same.
+    """
+    try:
+        return command(given) or 0
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("GENGRAD_DEBUG"):
+            raise
+        if not _is_users(error):
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"gengrad: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether gengrad itself raised this with a message for the user; anything else is a bug and shows its place."""
+    if isinstance(error, RuntimeError):
+        from gengrad.training.loop import TrainingStopped
+
+        return isinstance(error, TrainingStopped) or type(error).__module__.startswith("gengrad.")
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_here = frame.tb_frame.f_globals.get("__name__", "").startswith("gengrad")
+    return raised_here or type(error).__module__.startswith(("gengrad.", "pydantic")) or isinstance(error, OSError)
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description="Generative models by Wasserstein gradient flows.")
+    parser.add_argument("--version", action="version", version=f"gengrad {gengrad.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
+    add_train(commands.add_parser("train", help="train a run from a config, or go on with it"))
+    add_sample(commands.add_parser("sample", help="draw samples from a trained run"))
+    add_evaluate(commands.add_parser("evaluate", help="judge a run against its data"))
+    doctor_parser = commands.add_parser("doctor", help="say what is installed and what this machine offers")
+    doctor_parser.set_defaults(command=doctor)
+    return parser
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, e.g. configs/toy/8gaussians_nsgf.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=2000 seed=3 out=runs/a")
+    parser.set_defaults(command=train)
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="the run's folder, the out=... of its training")
+    parser.add_argument("--n", type=positive, default=64, help="how many samples (default 64)")
+    parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]",
+                        help="network evaluations per sample; several give a table and a plot of quality")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="a .npy, .pt or .png file")
+    parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
+    parser.add_argument("--trajectory", nargs="?", const="", default=None, metavar="FILE.gif",
+                        help="also a GIF of the samples on their way (default: trajectory.gif in the run's folder)")
+    parser.add_argument("--chunk", type=positive, default=4096, help="samples moved at once; changes no sample")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(command=sample)
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]", help="default: the config's")
+    parser.add_argument("--n", type=positive, default=None, help="points per draw (default: the config's, 4096)")
+    parser.add_argument("--draws", type=positive, default=None, help="independent draws (default: the config's, 3)")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
+    parser.set_defaults(command=evaluate)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
+    return number
+
+
+def positives(text: str) -> list[int]:
+    """Whole numbers of at least 1 between commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+# ------------------------------------------------------------------ commands
+
+
+def train(given) -> int:
+    """``gengrad train CONFIG [key=value ...]``"""
+    from gengrad.config import load_config
+    from gengrad.run import train as run_training
+
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    config = load_config(given.config, given.overrides)
+    again = shlex.join(["python", "train.py", given.config, *given.overrides])
+    outcome = run_training(config, again=again)
+    return 0 if outcome.finished else 128 + outcome.signal
+
+
+def sample(given) -> int:
+    """``gengrad sample RUN --n 64 --nfe 5 --out samples.npy``"""
+    from gengrad import sampling
+
+    return sampling.command(given)
+
+
+def evaluate(given) -> int:
+    """``gengrad evaluate RUN``"""
+    from gengrad import sampling
+
+    return sampling.evaluate_command(given)
+
+
+def doctor(given) -> int:
+    """``gengrad doctor``: versions and devices, for a bug report."""
+    import importlib
+
+    import torch
+
+    print(f"gengrad {gengrad.__version__}, Python {sys.version.split()[0]}, {sys.platform}")
+    for name in ("torch", "torchvision", "accelerate", "numpy", "scipy", "sklearn", "ot", "numba"):
+        try:
+            print(f"  {name:12s} {getattr(importlib.import_module(name), '__version__', 'installed')}")
+        except ImportError as error:
+            print(f"  {name:12s} missing ({error})")
+    cuda = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
+    print(f"  CUDA devices {cuda}\n  CPU threads  {torch.get_num_threads()}")
+    return 0

@@ -1,0 +1,229 @@
+"""The run's schema: YAML plus dotted overrides, read strictly, every mistake reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+import gengrad.data
+import gengrad.methods
+import gengrad.networks  # noqa: F401 - the three imports fill the registries
+from gengrad.registry import DATASETS, METHODS, NETWORKS, Registry, Settings
+from gengrad.training.loop import TrainSettings
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message lists every mistake with its file and key."""
+
+
+class EvaluateSettings(Settings):
+    """The ``evaluate:`` section. ``nfe``: the numbers of network evaluations to judge, ``n`` the points a draw."""
+
+    nfe: list[int] = Field([5, 10], min_length=1)
+    n: int = Field(4096, ge=2)
+    draws: int = Field(3, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class General(Settings):
+    """The keys that stand outside of any section."""
+
+    seed: int = Field(0, ge=0)
+    out: str = Field("runs/run", min_length=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    init_from: str | None = None  # a run whose weights to start from, optimiser fresh
+
+
+# section -> registry that its `name` is looked up in, and the name it has when the config leaves it out
+NAMED: dict[str, tuple[Registry, str | None]] = {
+    "source": (DATASETS, "normal"),
+    "data": (DATASETS, None),
+    "network": (NETWORKS, None),
+    "method": (METHODS, None),
+}
+PLAIN: dict[str, type[Settings]] = {"train": TrainSettings, "evaluate": EvaluateSettings}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: the general keys and one mapping per section, all defaults filled in and checked."""
+
+    general: General
+    source: dict
+    data: dict
+    network: dict
+    method: dict
+    train: TrainSettings
+    evaluate: EvaluateSettings
+
+    def resolved(self) -> dict:
+        """The whole config as plain data; ``read_config`` of it gives this config again."""
+        sections = {name: getattr(self, name) for name in (*NAMED, *PLAIN)}
+        plain = {k: v.model_dump(mode="json") if isinstance(v, Settings) else v for k, v in sections.items()}
+        return {**self.general.model_dump(mode="json"), **plain}
+
+    def digest(self) -> str:
+        """A hash of everything that decides the trained weights."""
+        return sha256(json.dumps(deciding(self.resolved()), sort_keys=True).encode()).hexdigest()
+
+
+def deciding(resolved: dict) -> dict:
+    """A resolved config without the keys that may change between two calls of one run."""
+    kept = {key: value for key, value in resolved.items() if key not in ("out", "evaluate", "device")}
+    free = ("checkpoint_every", "keep_checkpoints", "log_every", "preview_every")
+    return {**kept, "train": {key: value for key, value in kept["train"].items() if key not in free}}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a YAML file with ``a.b=value`` overrides; raises ``ConfigError`` listing every mistake."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"no config file {path}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    raw = parse_yaml(text, str(path))
+    origins: dict[str, str] = {}
+    for override in overrides:
+        _override(raw, override, origins)
+    return read_config(raw, str(path), origins)
+
+
+def parse_yaml(text: str, where: str) -> dict:
+    """YAML as plain data: no tags, no doubled keys, 1e-4 is a number; raises ``ConfigError``."""
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} must hold sections such as 'data:' and 'method:'; found a {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
+    key, sign, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form key=value, e.g. train.lr=1e-3")
+    place = raw
+    for part in parts[:-1]:
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, it has no keys below it")
+    parsed = yaml.load(value, Loader=_Loader) if value else None
+    if parts[-1] == "name" and isinstance(place.get("name"), str) and place["name"] != parsed:
+        place.clear()  # another class: the old one's settings do not belong to it
+    place[parts[-1]] = parsed
+    origins[key.strip()] = "the command line"
+
+
+def read_config(raw: dict, where: str = "the config", origins: dict[str, str] | None = None) -> RunConfig:
+    """Plain data as a ``RunConfig``; raises ``ConfigError`` with all mistakes, their file and key, one a line."""
+    problems: list[tuple[str, str]] = []
+    fields, general = {}, {k: v for k, v in raw.items() if k not in NAMED and k not in PLAIN}
+    top = list(General.model_fields) + list(NAMED) + list(PLAIN)
+    fields["general"] = _checked(General, general, "", top, problems)
+    for section, (registry, default) in NAMED.items():
+        fields[section] = _named(section, raw.get(section), registry, default, problems)
+    for section, schema in PLAIN.items():
+        fields[section] = _section(section, raw.get(section), schema, problems)
+    if problems:
+        origin = origins or {}
+        lines = [f"  {key} ({origin.get(key, where)}): {text}" for key, text in problems]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise ConfigError("\n".join([f"{count} in the config; nothing was started.", *lines]))
+    return RunConfig(**fields)
+
+
+def _named(section: str, raw: object, registry: Registry, default: str | None, problems: list) -> dict | None:
+    """The settings of a class looked up by name, defaults filled in, as a plain mapping."""
+    raw = {"name": default} if raw is None and default else raw
+    if isinstance(raw, str):
+        raw = {"name": raw}  # `data: moons` is short for `data: {name: moons}`
+    if not isinstance(raw, dict):
+        problems.append((section, f"missing; give a name, one of: {', '.join(registry)}" if raw is None else
+                         f"expected a mapping with a name, found {raw!r}"))
+        return None
+    if raw.get("name") is None and default:
+        raw = {"name": default, **{k: v for k, v in raw.items() if k != "name"}}
+    if raw.get("name") is None:
+        problems.append((f"{section}.name", f"missing; one of: {', '.join(registry)}"))
+        return None
+    try:
+        schema = registry.get(raw["name"]).Config
+    except ValueError as error:
+        problems.append((f"{section}.name", str(error)))
+        return None
+    rest = {key: value for key, value in raw.items() if key != "name"}
+    checked = _checked(schema, rest, section, list(schema.model_fields), problems)
+    return None if checked is None else {"name": raw["name"], **checked.model_dump(mode="json")}
+
+
+def _section(section: str, raw: object, schema: type[Settings], problems: list) -> Settings | None:
+    if raw is not None and not isinstance(raw, dict):
+        problems.append((section, f"expected a mapping, found {raw!r}"))
+        return None
+    return _checked(schema, raw or {}, section, list(schema.model_fields), problems)
+
+
+def _checked(schema: type[Settings], raw: dict, section: str, known: list[str], problems: list) -> Settings | None:
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join(str(part) for part in (section, *item["loc"]) if str(part))
+            problems.append((key or section, _explain(item, known)))
+    return None
+
+
+def _explain(item: dict, known: list[str]) -> str:
+    """One pydantic error as: what was found, what is allowed."""
+    if item["type"] == "extra_forbidden":
+        key = str(item["loc"][-1])
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key; {guess}Known here: {', '.join(known) or 'no keys'}"
+    if item["type"] == "missing":
+        return "missing"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{message}; found {item['input']!r}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (1e-4 is one), no tags of any kind, no key twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", node.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":int", ":null"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE),
+    list("-+0123456789."),
+)

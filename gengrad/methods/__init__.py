@@ -1,0 +1,7 @@
+"""HOW a transport is learned, one file per method; importing this registers them all."""
+
+from gengrad.methods.base import Method, Part, Problem, Stage
+from gengrad.methods.flow_matching import FlowMatching
+from gengrad.methods.nsgf import NSGF
+
+__all__ = ["NSGF", "FlowMatching", "Method", "Part", "Problem", "Stage"]

@@ -1,0 +1,79 @@
+"""What a method is to the training loop: stages in order, each an optimisation problem that leaves a transport."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gengrad.data.base import Distribution
+from gengrad.flows.flow import Flow
+from gengrad.flows.transports import Transport
+from gengrad.registry import Configured
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of the global batch of ``size`` that this process computes at ``step`` (counted within the stage)."""
+
+    step: int
+    size: int
+    rank: int = 0
+    world: int = 1
+
+    def rows(self) -> slice:
+        share = self.size // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is asked to do: carry ``source`` to ``target`` with networks that ``make_network`` builds."""
+
+    source: Distribution
+    target: Distribution
+    make_network: Callable[[], nn.Module]
+    seed: int
+    steps: int  # optimiser steps of the whole run
+    batch_size: int  # global
+    device: torch.device = torch.device("cpu")
+
+
+class Stage(ABC):
+    """One optimisation problem: named networks, a number of steps and an objective.
+
+    Draws come from the generator handed in and from streams keyed by the seed, so that a stage needs to save only
+    what is not a function of (seed, step): nothing, unless it overrides ``state``.
+    """
+
+    name: str
+    steps: int
+    networks: dict[str, nn.Module]
+
+    @abstractmethod
+    def objective(
+        self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """(loss, logs) of this process's rows. ``networks``: the stage's, as wrapped for several processes."""
+
+    @abstractmethod
+    def transport(self, networks: dict[str, nn.Module]) -> Transport:
+        """What this stage adds to the flow, made of the given (averaged) networks."""
+
+    def state(self) -> dict:
+        """State beyond networks and step, by name: tensors and JSON values."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Takes back what ``state`` gave."""
+
+
+class Method(Configured, ABC):
+    """How a transport is learned. One file, one class, its ``Config`` the schema of ``method:`` in the YAML."""
+
+    @abstractmethod
+    def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
+        """The stages in order; when the next one is asked for, ``flow`` holds the transports of those before."""

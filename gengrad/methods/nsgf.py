@@ -1,0 +1,144 @@
+"""Neural Sinkhorn Gradient Flow: a network learns the velocity of the flow that descends the Sinkhorn divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gengrad.data.draws import Shuffle, Stream, generator_for
+from gengrad.flows.flow import Flow
+from gengrad.flows.particles import geodesic_taus, geodesic_times
+from gengrad.flows.pool import TrajectoryPool
+from gengrad.flows.transports import VelocityTransport
+from gengrad.functionals.divergence import sinkhorn_log
+from gengrad.methods.base import Method, Part, Problem, Stage
+from gengrad.ot.sinkhorn import sinkhorn_velocity
+from gengrad.registry import METHODS, Settings
+
+
+@METHODS.register("nsgf")
+class NSGF(Method):
+    """Velocity-field matching on particle paths of the Sinkhorn divergence (arXiv 2401.14069, algorithm 1).
+
+    X^{k+1} = X^k + eta_k v(X^k), v = sinkhorn_velocity(X^k, Y); the network is regressed on w = v / (1 - t) along the
+    path, t the geodesic clock (t_{k+1} - t_k = eta_k (1 - t_k)), so that dx/dt = w runs from 0 to 1 and w stays as
+    large as y - x_0 on the whole way.
+    """
+
+    class Config(Settings):
+        # euler: particles are moved and the plan solved again at each step (the paper); geodesic: solved once at the
+        # source, straight from there, flow_steps times cheaper
+        pool: Literal["euler", "geodesic"] = "euler"
+        flow_steps: int = Field(5, ge=1)
+        # mean: the barycentric velocity of the theory; sample: towards a point drawn from the plan's row, which never
+        # lies between two modes
+        target: Literal["mean", "sample"] = "mean"
+        epsilon: float | None = Field(None, gt=0)  # absolute, in units of |x - y|^2 / 2; overrides epsilon_rel
+        epsilon_rel: float = Field(0.05, gt=0)  # in units of the mean cost of the batch pair
+        tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
+        ot_batch: int = Field(1024, ge=2)  # points of source and target in each Sinkhorn problem
+        uses: int = Field(2, ge=1)  # how often each path is trained on before it leaves the pool
+        pool_batches: int = Field(1, ge=1)  # OT batches that the pool mixes
+        pool_memory_mb: int = Field(1024, ge=1)
+        ot_scope: Literal["global", "rows", "local"] = "global"
+
+    def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
+        yield SinkhornStage(problem, self.config)
+
+
+class SinkhornStage(Stage):
+    """Fills the pool with particle paths, one OT batch a period, and regresses the network on them."""
+
+    name = "nsgf"
+
+    def __init__(self, problem: Problem, config: NSGF.Config):
+        self.problem, self.config, self.steps = problem, config, problem.steps
+        self.networks = {"velocity": problem.make_network()}
+        self.source = Stream(problem.source, problem.seed, "train/source")
+        self.target = Stream(problem.target, problem.seed, "train/target")
+        # a path batch is worth this many steps: then the next one enters the pool
+        self.period = ceil(config.uses * config.ot_batch / problem.batch_size)
+        steps = config.flow_steps if config.pool == "euler" else 1
+        self.times = torch.tensor(geodesic_times(steps))
+        self._pool: TrajectoryPool | None = None
+        self._newest = -1  # number of the newest path batch in the pool
+        self._logs: dict[str, float] = {}
+
+    def objective(
+        self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        pool = self._filled(part)
+        rows = self._rows(part)
+        t = stratified(part.size, generator)[part.rows()]
+        x_t, w = pool.segments(rows.to(pool.times.device), t.to(pool.times.device))
+        prediction = networks["velocity"](x_t, t.to(x_t.device))
+        return (prediction - w).square().mean(), self._logs
+
+    def transport(self, networks: dict[str, nn.Module]) -> VelocityTransport:
+        return VelocityTransport(networks["velocity"])
+
+    # ------------------------------------------------------------ the pool
+
+    def _filled(self, part: Part) -> TrajectoryPool:
+        """The pool as it must be at this step. It is a function of (seed, step) alone: a resumed run makes it anew."""
+        c, number = self.config, part.step // self.period
+        if self._pool is None:
+            self._pool = TrajectoryPool(self.times.to(self.problem.device), c.pool_batches, c.pool_memory_mb * 2**20)
+            self._newest = max(number - c.pool_batches, -1)
+        while self._newest < number:
+            self._newest += 1
+            self._pool.add(self._paths(self._newest, part))
+        return self._pool
+
+    def _rows(self, part: Part) -> Tensor:
+        """Which particles of the pool this process trains on at this step: all of them in turn, shuffled."""
+        share = 1 if self.config.ot_scope == "global" else part.world
+        rank = 0 if self.config.ot_scope == "global" else part.rank
+        size = part.size // share
+        number, step = divmod(part.step, self.period)
+        shuffle = Shuffle(len(self._pool), self.problem.seed, f"train/pool/{number}/{rank}")
+        rows = shuffle.take(step * size, (step + 1) * size)
+        return rows[part.rows()] if self.config.ot_scope == "global" else rows
+
+    def _paths(self, number: int, part: Part) -> Tensor:
+        """States (len(times), n, *event) of path batch ``number``; ``ot_scope`` says which points a process moves.
+
+        global: every process solves the whole problem and gets the same paths, without communication;
+        rows: its own source points against all targets; local: its own against its own.
+        """
+        c, device = self.config, self.problem.device
+        first, last = number * c.ot_batch, (number + 1) * c.ot_batch
+        own = slice(first, last)
+        if c.ot_scope != "global":
+            mine = Part(0, c.ot_batch, part.rank, part.world).rows()
+            own = slice(first + mine.start, first + mine.stop)
+        x = self.source.take(own.start, own.stop).to(device)
+        y = (self.target.take(own.start, own.stop) if c.ot_scope == "local" else self.target.take(first, last)).to(device)
+        generator = generator_for(self.problem.seed, "train/plan", number, part.rank if c.ot_scope != "global" else 0)
+        return self._flow(x, y, generator)
+
+    def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock."""
+        c, shape, y = self.config, x.shape, y.flatten(1)
+        x, states, solved = x.flatten(1), [x], None
+        for eta in geodesic_taus(self.times.tolist()):
+            solved = sinkhorn_velocity(x, y, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol, warm_start=solved)
+            v = solved.velocity
+            if c.target == "sample":
+                # the same velocity on average: the plan's mean target gives way to one drawn from its row
+                v = v + y[solved.sample_targets(generator)] - solved.target
+            x = x + eta * v
+            states.append(x)
+        self._logs = sinkhorn_log(solved)
+        return torch.stack(states).view(len(states), *shape)
+
+
+def stratified(n: int, generator: torch.Generator) -> Tensor:
+    """n times in [0, 1), one in each of n equal strata, shuffled: uniform like independent draws, less noisy."""
+    t = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    return t[torch.randperm(n, generator=generator)]

@@ -1,0 +1,8 @@
+"""python sample.py RUN --n 64 --nfe 5 --out samples.npy: draws samples from a trained run."""
+
+import sys
+
+from gengrad.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sample", *sys.argv[1:]]))

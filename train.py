@@ -1,0 +1,8 @@
+"""python train.py CONFIG [key=value ...]: trains a run, or goes on with it where its folder holds a checkpoint."""
+
+import sys
+
+from gengrad.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

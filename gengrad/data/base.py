@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gengrad.registry import Configured
+from gengrad.registry import Configured, Settings
 
 
 class Distribution(Configured, ABC):
     """A source or target of mass on events of one shape: ``(d,)`` points, or ``(c, h, w)`` images in [-1, 1].
 
-    Draws depend on nothing but the generator, so that equal generators give equal draws.
+    Draws depend on nothing but the generator, so that equal generators give equal draws. A density known in
+    closed form also has ``log_density(x)``, (n, d) -> (n,).
+
+    ``event_shape`` may be passed when it is built: noise without a shape of its own takes it
+    (``takes_event_shape``), everything else checks it and raises ``ValueError`` where it does not agree.
     """
 
+    takes_event_shape: ClassVar[bool] = False
     event_shape: tuple[int, ...]
-    # centres (k, d) of the modes and the radius within which a sample counts as belonging to one; None: no modes
+    # centres (k, d) of the modes, the share (k,) of mass each holds (None: equal shares), and the radius
+    # within which a sample counts as belonging to one; modes None: it has none
     modes: Tensor | None = None
+    mode_weights: Tensor | None = None
     mode_radius: float | None = None
+
+    def __init__(
+        self, config: Settings | None = None, *, event_shape: tuple[int, ...] | None = None, **settings
+    ):
+        super().__init__(config, **settings)
+        if self.takes_event_shape and event_shape is not None:
+            self.event_shape = tuple(int(size) for size in event_shape)
+        self.prepare()
+        own = tuple(self.event_shape)
+        if event_shape is not None and tuple(event_shape) != own:
+            raise ValueError(
+                f"data set {self.name!r} has events of shape {own}, not {tuple(event_shape)}: source and target "
+                "must have the same shape ('normal' and 'uniform' take any)"
+            )
+
+    def prepare(self) -> None:
+        """Compute what draws need from ``self.config``; runs once, when the distribution is built."""
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -35,7 +60,7 @@ class Distribution(Configured, ABC):
 
 
 class FiniteData(Distribution):
-    """Data that end: ``points`` (n, *event) to train on, ``held_out`` never seen in training, optional ``labels``."""
+    """Data that end: ``points`` (n, *event) to train on, ``held_out`` to evaluate, ``labels`` where known."""
 
     points: Tensor
     held_out: Tensor

@@ -1,0 +1,348 @@
+"""The Sinkhorn iterations in plain batched PyTorch, for any device; `sinkhorn.py` is the public face.
+
+Letters. Cost c = |x - y|^2 / 2, strength eps, weights a (n), b (m). The plan is
+
+    P_ij = exp(x_i . y_j / eps + s_j - log_row_i) a_i,     s_j = (g_j - |y_j|^2 / 2) / eps + log b_j,
+
+with g the column potential. Rows are normalised exactly in every sweep, so the state is s alone. A sweep returns
+the column masses c_j(s) of that plan; Sinkhorn's iteration is s <- s + log(b / c(s)). Between epsilon stages the
+state is psi = eps (s - log b), which is g up to |y|^2 / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+STAGE_RATIO = 4.0  # epsilon stages are this factor apart
+WINDOW = 8  # differences that Anderson acceleration keeps
+MAX_LOG_SCALING = 15.0  # exp-domain scalings beyond e^15 are absorbed into the kernel
+CHECK_EVERY = 3  # accelerated iterations between two error estimates
+SAFETY = 1.5  # factor on the error estimate, calibrated in tests/ot/test_convergence.py
+SMALLEST = (
+    -60.0
+)  # logarithm of the least kernel entry beside its row's largest: denormals would slow every product
+LIMIT = 40.0  # largest move of one entry of s in one iteration (starved columns)
+PROBES = 8  # directions through which the velocity is watched in high dimension
+
+
+def matvec(k: Tensor, v: Tensor) -> Tensor:
+    """k (B, n, m) times v (B, m); one problem goes through gemv, which a CPU runs several times faster than bmm."""
+    if k.shape[0] == 1:
+        return torch.mv(k[0], v[0])[None]
+    return torch.bmm(k, v[..., None])[..., 0]
+
+
+def product(x: Tensor, y: Tensor, products: str = "same") -> Tensor:
+    """x y' for batches (B, n, d), (B, m, d); `products="bf16"` rounds the factors to bfloat16."""
+    if products == "bf16":
+        return torch.bmm(x.bfloat16(), y.bfloat16().mT).to(x.dtype)
+    if x.shape[0] == 1:
+        return torch.mm(x[0], y[0].T)[None]
+    return torch.bmm(x, y.mT)
+
+
+class DenseKernel:
+    """The kernel in memory: two (B, n, m) buffers, the products x.y and the exponentials, both reused."""
+
+    def __init__(self, x: Tensor, y: Tensor, products: str = "same"):
+        self.dot, self.products = product(x, y, products), products
+        self.k = torch.empty_like(self.dot)
+
+    def at(self, eps: Tensor) -> DenseKernel:
+        """Work at eps (B,) from now on."""
+        self.inv_eps, self.s = 1.0 / eps, None
+        return self
+
+    def _scaling(self, s: Tensor) -> Tensor:
+        """The factors exp(s - absorbed s) of the columns, after an absorption where they would grow too large."""
+        if self.s is None or float((s - self.s).abs().max()) > MAX_LOG_SCALING:
+            torch.addcmul(s[:, None, :], self.dot, self.inv_eps[:, None, None], out=self.k)
+            self.top = self.k.amax(-1)
+            self.k.sub_(self.top[..., None]).clamp_min_(SMALLEST).exp_()
+            self.s = s
+        return torch.exp(s - self.s)
+
+    def rows(self, s: Tensor) -> Tensor:
+        """log sum_j exp(x_i . y_j / eps + s_j), shape (B, n)."""
+        v = self._scaling(s)
+        return self.top + torch.log(matvec(self.k, v))
+
+    def sweep(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Column masses (B, m) of the row-normalised plan, and `rows(s)`, in two passes over the kernel."""
+        v = self._scaling(s)
+        t = matvec(self.k, v)
+        return v * matvec(self.k.mT, a / t), self.top + torch.log(t)
+
+    def average(self, s: Tensor, z: Tensor) -> Tensor:
+        """Row averages sum_j P_ij z_j / a_i of z (B, m, p)."""
+        v = self._scaling(s)
+        z = torch.cat([z, torch.ones_like(z[..., :1])], -1) * v[..., None]
+        if self.products == "bf16" and z.shape[-1] > 4 * PROBES:
+            total = torch.bmm(self.k.bfloat16(), z.bfloat16()).to(z.dtype)
+        else:
+            total = torch.mm(self.k[0], z[0])[None] if len(z) == 1 else torch.bmm(self.k, z)
+        return total[..., :-1] / total[..., -1:]
+
+
+class BlockedKernel:
+    """The same operator when n x m does not fit the memory bound: blocks of rows are recomputed in every sweep."""
+
+    def __init__(self, x: Tensor, y: Tensor, rows: int, products: str = "same"):
+        self.x, self.y, self.block, self.products = x, y, rows, products
+
+    def at(self, eps: Tensor) -> BlockedKernel:
+        """See `DenseKernel.at`."""
+        self.inv_eps = 1.0 / eps
+        return self
+
+    def _blocks(self, s: Tensor):
+        for part in torch.arange(self.x.shape[1], device="cpu").split(self.block):
+            i = slice(int(part[0]), int(part[-1]) + 1)
+            k = product(self.x[:, i] * self.inv_eps[:, None, None], self.y, self.products).add_(s[:, None, :])
+            top = k.amax(-1)
+            yield i, k.sub_(top[..., None]).clamp_min_(SMALLEST).exp_(), top
+
+    def rows(self, s: Tensor) -> Tensor:
+        """See `DenseKernel.rows`."""
+        return torch.cat([top + torch.log(k.sum(-1)) for _, k, top in self._blocks(s)], 1)
+
+    def sweep(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel.sweep`."""
+        c, log_row = torch.zeros_like(s), []
+        for i, k, top in self._blocks(s):
+            t = k.sum(-1)
+            c += matvec(k.mT, a[:, i] / t)
+            log_row.append(top + torch.log(t))
+        return c, torch.cat(log_row, 1)
+
+    def average(self, s: Tensor, z: Tensor) -> Tensor:
+        """See `DenseKernel.average`."""
+        return torch.cat([torch.bmm(k, z) / k.sum(-1, keepdim=True) for _, k, _ in self._blocks(s)], 1)
+
+
+def make_kernel(x: Tensor, y: Tensor, max_memory: float, products: str) -> DenseKernel | BlockedKernel:
+    """Dense where its two buffers stay below `max_memory` bytes, otherwise as many rows at a time as fit."""
+    row_bytes = 2 * x.shape[0] * y.shape[1] * x.element_size()
+    rows = int(max_memory // row_bytes)
+    return DenseKernel(x, y, products) if rows >= x.shape[1] else BlockedKernel(x, y, max(rows, 1), products)
+
+
+class Anderson:
+    """Anderson acceleration (type II) of s <- s + r(s), residuals weighted by the column masses.
+
+    Minimises |sqrt(c) (r - dR gamma)| over the window and moves to s + r - (dS + dR) gamma (Walker and Ni, SIAM J.
+    Numer. Anal. 49, 2011, in the difference form). Memory 2 x WINDOW x (B, m).
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the window: the next step is a plain Sinkhorn iteration."""
+        self.last, self.ds, self.dr = None, [], []
+
+    def step(self, s: Tensor, r: Tensor, c: Tensor) -> Tensor:
+        """The accelerated successor of s, given its residual r = log(b / c)."""
+        if self.last is not None:
+            self.ds = [*self.ds, s - self.last[0]][-WINDOW:]
+            self.dr = [*self.dr, r - self.last[1]][-WINDOW:]
+        self.last = (s, r)
+        if not self.dr:
+            return s + r
+        ds, dr = torch.stack(self.ds, 1), torch.stack(self.dr, 1)  # (B, w, m)
+        weighted = dr * c[:, None, :]
+        gram = torch.bmm(weighted, dr.mT)
+        ridge = 1e-6 if s.dtype == torch.float32 else 1e-12
+        trace = gram.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(1e-30)
+        gram = gram + ridge * trace[:, None, None] * torch.eye(gram.shape[1], dtype=s.dtype, device=s.device)
+        gamma = torch.linalg.solve(gram, torch.bmm(weighted, r[..., None]))
+        return s + r - torch.bmm(gamma.mT, ds + dr)[:, 0]
+
+
+def gaussian_start(x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> Tensor:
+    """psi of entropic transport between two isotropic Gaussians with the clouds' means and mean variances.
+
+    psi(y) = -mean_x . y - |y - mean_y|^2 / 2 (var_x / q - eps / var_y), where q is the cross-covariance
+    sqrt(var_x var_y + eps^2 / 4) - eps / 2 (Janati et al. 2020, theorem 1, in one direction).
+    """
+    mean_x, mean_y = (a[..., None] * x).sum(1, keepdim=True), (b[..., None] * y).sum(1, keepdim=True)
+    square, d, tiny = (y - mean_y).square().sum(-1), x.shape[-1], torch.finfo(x.dtype).tiny
+    var_x = ((a * (x - mean_x).square().sum(-1)).sum(1) / d).clamp_min(tiny)
+    var_y = ((b * square).sum(1) / d).clamp_min(tiny)
+    q = var_x * var_y / (torch.sqrt(var_x * var_y + eps**2 / 4) + eps / 2)  # the root, without cancellation
+    slope = (var_x / q.clamp_min(tiny) - eps / var_y).clamp(0.0, 1e6)
+    return -(y * mean_x).sum(-1) - 0.5 * slope[:, None] * square
+
+
+def residual(b: Tensor, c: Tensor) -> Tensor:
+    """log(b / c), with starved columns moved at most e^40 and columns of no weight left alone."""
+    r = torch.log(b / c.clamp_min(1e-30)).clamp(-LIMIT, LIMIT)
+    return torch.where(b > 0, r, torch.zeros_like(r))
+
+
+@lru_cache(maxsize=16)
+def probes(d: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """(d, PROBES) Gaussian directions with E |v Omega|^2 = |v|^2, the same in every call; None in low dimension."""
+    if d <= PROBES:
+        return None
+    omega = torch.randn(d, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (omega / math.sqrt(PROBES)).to(device, dtype)
+
+
+def seen(points: Tensor) -> Tensor:
+    """The points through the probe directions."""
+    omega = probes(points.shape[-1], points.dtype, points.device)
+    return points if omega is None else points @ omega
+
+
+def rms(v: Tensor, w: Tensor) -> Tensor:
+    """Root of the mean square of the rows of v (B, n, p) under the weights w (B, n), shape (B,)."""
+    return torch.sqrt((w * v.square().sum(-1)).sum(-1))
+
+
+@dataclass
+class PairSolution:
+    """A solved pair of clouds; all tensors carry the batch dimension."""
+
+    s: Tensor  # (B, m), includes log b
+    log_row: Tensor  # (B, n)
+    iterations: Tensor  # (B,) sweeps over the kernel, annealing included
+    marginal_error: Tensor  # (B,) sum_j |c_j - b_j|
+    error: Tensor  # (B,) estimated rms error of the barycentric map, in the units of x
+
+
+def solve_pair(
+    kernel: DenseKernel | BlockedKernel,
+    psi: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    z: Tensor,
+    z_base: Tensor,
+    tol: float,
+    floor: Tensor,
+    max_iter: int,
+    stages: int,
+) -> PairSolution:
+    """Anneal from eps 4^stages, then iterate at eps to a velocity error of `tol` relative, or `floor` (B,) absolute.
+
+    z (B, m, p) are the targets through the probes, z_base (B, n, p) what the velocity subtracts (x, or the self map).
+    Between two checks the probe velocity moves by D while the residual falls by a factor q: the error left is taken
+    as D q / (1 - q), with q bounded below because slow modes hide from the residual.
+    """
+    log_b = torch.log(b).clamp_min(-1e4)
+    for k in range(stages, 0, -1):
+        e = eps * STAGE_RATIO**k
+        c, _ = kernel.at(e).sweep(psi / e[:, None] + log_b, a)
+        psi = psi + e[:, None] * residual(b, c)
+    kernel.at(eps)
+    s = psi / eps[:, None] + log_b
+    anderson, best, shown, since, sweeps = Anderson(), None, None, 0, stages
+    error = torch.full_like(eps, math.inf)
+    slack = 1e-5 if s.dtype == torch.float32 else 1e-12
+    while True:
+        c, log_row = kernel.sweep(s, a)
+        sweeps += 1
+        r = residual(b, c)
+        value = (b * s).sum(-1) - (a * log_row).sum(-1)  # the semi-dual, which Sinkhorn's iteration increases
+        wrong = None if best is None else value < best[1] - slack * (1 + best[1].abs())
+        if wrong is not None and bool(wrong.any()):
+            s, best = (
+                torch.where(wrong[:, None], best[0] + best[2], s),
+                None,
+            )  # retreat to the plain iteration
+            anderson.restart()
+            continue
+        if sweeps - stages <= 2 or since >= CHECK_EVERY or sweeps >= max_iter:
+            size, shot = torch.sqrt((b * r.square()).sum(-1)), kernel.average(s, z)
+            if shown is not None:
+                q = (size / shown[1].clamp_min(1e-30)).clamp(0.25 if since < 2 else 0.5, 0.95)
+                error = SAFETY * rms(shot - shown[0], a) * q / (1 - q)
+                speed, marginal = rms(shot - z_base, a), (c - b).abs().sum(-1)
+                good = (error <= torch.maximum(tol * speed, floor)) & (marginal <= max(2 * tol, 100 * slack))
+                if bool(good.all()):
+                    break
+            if sweeps >= max_iter:
+                break
+            shown, since = (shot, size), 0
+        since += 1
+        best = (s, value, r)
+        s = anderson.step(s, r, c)
+    return PairSolution(s, log_row, torch.full_like(eps, sweeps), (c - b).abs().sum(-1), error)
+
+
+@dataclass
+class SelfSolution:
+    """The symmetric solve of a cloud with itself: P_ij = exp(x_i . x_j / eps + s_i + s_j)."""
+
+    s: Tensor  # (B, n)
+    log_row: Tensor  # (B, n), of the last sweep
+    iterations: Tensor
+    marginal_error: Tensor
+    error: Tensor  # (B,) bound on the rms error of the self map, in the units of x
+
+
+def solve_self(
+    kernel: DenseKernel | BlockedKernel,
+    s: Tensor,
+    a: Tensor,
+    eps: Tensor,
+    spread: Tensor,
+    goal: Tensor,
+    residual_goal: float,
+    max_iter: int,
+) -> SelfSolution:
+    """Iterate s <- s + 2/3 (log a - s - log_row(s)) until the self map is within `goal` (B,) in rms, and s within
+    `residual_goal`.
+
+    The Gaussian kernel is positive definite, so the plan's correlation operator has its spectrum in [0, 1], and the
+    step 2/3 contracts the error by 1/3 at every eps: no annealing. The potential's error is at most the residual,
+    the map's at most that times `spread`, the rms radius of a row of the plan.
+    """
+    log_a = torch.log(a).clamp_min(-1e4)
+    kernel.at(eps)
+    for k in range(1, max_iter + 1):
+        log_row = kernel.rows(s)
+        r = log_a - s - log_row
+        size = torch.sqrt((a * r.square()).sum(-1))
+        error = size * spread
+        if k == max_iter or bool(((error <= goal) & (size <= residual_goal)).all()):
+            break
+        s = s + r * (2.0 / 3.0)
+    marginal = (torch.exp(s + log_row) - a).abs().sum(-1)
+    return SelfSolution(s, log_row, torch.full_like(eps, k), marginal, error)
+
+
+def skip_bound(
+    x: Tensor, a: Tensor, eps: Tensor, coordinates: int = 96, block: int = 2048
+) -> tuple[Tensor, Tensor]:
+    """Lower bound on the self mass and upper bound on rms |self map - x|, from some of the coordinates only.
+
+    Scalings at most 1 give P_ij / a_i <= sqrt(a_j / a_i) exp(-|x_i - x_j|^2 / (2 eps)); a distance in a subset of
+    the coordinates is at most the whole one; t exp(-t^2 / (2 eps)) falls beyond t = sqrt(eps). Both bounds are
+    rigorous and cost n^2 x `coordinates` instead of n^2 d.
+    """
+    d = x.shape[-1]
+    z = x[..., :: max(1, d // coordinates)] / torch.sqrt(eps)[:, None, None]
+    half, root = z.square().sum(-1) / 2, torch.sqrt(a)
+    mass, square = torch.zeros_like(eps), torch.zeros_like(eps)
+    for i in range(0, x.shape[1], block):
+        rows = slice(i, i + block)
+        gap = (half[:, rows, None] + half[:, None, :] - product(z[:, rows], z)).clamp_min_(
+            0.0
+        )  # t^2 / (2 eps)
+        near = torch.where(gap > 0.5, gap.mul(2).sqrt_(), 1.0) * torch.exp(-gap.clamp_min(0.5))
+        k = torch.exp(-gap)
+        for w, out in ((k, "mass"), (near, "square")):
+            w.diagonal(offset=i, dim1=1, dim2=2).zero_()
+            row = matvec(w, root) * root[:, rows]  # a_i times the row's bound
+            if out == "mass":
+                mass += row.sum(-1)
+            else:
+                square += (row.square() / a[:, rows].clamp_min(1e-30)).sum(-1)
+    return 1 - mass, torch.sqrt(square * eps)

@@ -1,0 +1,133 @@
+"""What a Sinkhorn call was given, checked and made uniform: batched, centred, weighted, with epsilon per problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """B transport problems between clouds x (B, n, d) and y (B, m, d) with the cost |x - y|^2 / 2."""
+
+    x: Tensor
+    y: Tensor
+    a: Tensor  # (B, n), rows sum to one
+    b: Tensor  # (B, m)
+    eps: Tensor  # (B,)
+    mean_cost: Tensor  # (B,)
+    centre: Tensor  # (B, 1, d), already taken off both clouds: keeps the products small in fp32
+    single: bool  # the caller gave (n, d), and gets results without the batch dimension
+
+    def part(self, i: int) -> Problem:
+        """The i-th problem, as a batch of one."""
+        fields = (self.x, self.y, self.a, self.b, self.eps, self.mean_cost, self.centre)
+        return Problem(*(t[i : i + 1] for t in fields), single=self.single)
+
+
+def _cloud(name: str, points: Tensor) -> Tensor:
+    if not isinstance(points, Tensor):
+        raise ValueError(
+            f"sinkhorn: {name} is a {type(points).__name__}; it must be a torch.Tensor of shape (n, d) or "
+            f"(batch, n, d): use torch.as_tensor({name})."
+        )
+    if points.ndim not in (2, 3):
+        raise ValueError(
+            f"sinkhorn: {name} has shape {tuple(points.shape)}; allowed are (n, d) and (batch, n, d): "
+            f"use {name}.flatten({'1' if points.ndim > 3 else '0'}) or {name}[:, None]."
+        )
+    if 0 in points.shape:
+        raise ValueError(
+            f"sinkhorn: {name} has shape {tuple(points.shape)}, so it is empty; a cloud needs at least one point "
+            "and one coordinate."
+        )
+    if not points.is_floating_point():
+        raise ValueError(f"sinkhorn: {name} has dtype {points.dtype}; use {name}.float() or {name}.double().")
+    if points.dtype in (torch.float16, torch.bfloat16):
+        points = points.float()  # documented: half precision is read as fp32
+    finite = torch.isfinite(points)
+    if not bool(finite.all()):
+        where = tuple(int(k) for k in (~finite).nonzero()[0])
+        raise ValueError(
+            f"sinkhorn: {name}{list(where)} is {float(points[where])}, and {int((~finite).sum())} of its entries "
+            "are not finite; drop those points, or lower the step of the flow that made them."
+        )
+    return points
+
+
+def _weights(name: str, w: Tensor | None, points: Tensor, single: bool) -> Tensor:
+    shape = points.shape[:2]
+    if w is None:
+        return points.new_full(shape, 1.0 / shape[1])
+    w = torch.as_tensor(w, dtype=points.dtype, device=points.device)
+    w = w[None].expand(shape[0], -1) if w.ndim == 1 else w
+    if w.shape != shape:
+        allowed = tuple(shape[1:]) if single else f"{tuple(shape)} or {tuple(shape[1:])}"
+        raise ValueError(f"sinkhorn: the weights {name} have shape {tuple(w.shape)}; allowed: {allowed}.")
+    if not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
+        raise ValueError(
+            f"sinkhorn: the weights {name} must be finite and non-negative; their smallest is {float(w.min())}."
+        )
+    total = w.sum(1)
+    if bool(((total - 1).abs() > 1e-3).any()):
+        raise ValueError(
+            f"sinkhorn: the weights {name} sum to {float(total[(total - 1).abs().argmax()]):.6g}; they must sum to 1 "
+            f"(within 1e-3, then normalised exactly): pass {name} / {name}.sum(-1, keepdim=True)."
+        )
+    return w / total[:, None]
+
+
+def _epsilon(epsilon, epsilon_rel: float, mean_cost: Tensor, single: bool) -> Tensor:
+    if epsilon is None:
+        if not epsilon_rel > 0:
+            raise ValueError(
+                f"sinkhorn: epsilon_rel is {epsilon_rel}; it must be positive (useful: 0.005 to 0.5)."
+            )
+        eps = epsilon_rel * mean_cost
+        # no spread at all (every x equals every y): any epsilon gives the same answer, so take epsilon_rel itself
+        return torch.where(eps > torch.finfo(eps.dtype).tiny * 1e8, eps, torch.full_like(eps, epsilon_rel))
+    eps = torch.as_tensor(epsilon, dtype=mean_cost.dtype, device=mean_cost.device)
+    if eps.ndim > 1 or (eps.ndim == 1 and eps.shape != mean_cost.shape):
+        allowed = "a number" if single else f"a number or a tensor of shape ({len(mean_cost)},)"
+        raise ValueError(f"sinkhorn: epsilon has shape {tuple(eps.shape)}; allowed: {allowed}.")
+    if not bool((torch.isfinite(eps) & (eps > 0)).all()):
+        raise ValueError(
+            f"sinkhorn: epsilon is {epsilon}; it must be positive and finite, in the units of |x - y|^2. For exact "
+            "transport (epsilon = 0) use gengrad.ot.exact_plan."
+        )
+    return eps.expand_as(mean_cost).contiguous()
+
+
+def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) -> Problem:
+    """Check everything that a caller passed; ValueError says what was found, what is allowed and how to mend it."""
+    x, y = _cloud("x", x), _cloud("y", y)
+    if x.ndim != y.ndim or (x.ndim == 3 and x.shape[0] != y.shape[0]):
+        raise ValueError(
+            f"sinkhorn: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; both must be single clouds (n, d), (m, d) "
+            "or batches of equal length (batch, n, d), (batch, m, d): use y.expand(len(x), -1, -1)."
+        )
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"sinkhorn: the points of x have {x.shape[-1]} coordinates and those of y {y.shape[-1]}; they must agree."
+        )
+    if x.dtype != y.dtype or x.device != y.device:
+        raise ValueError(
+            f"sinkhorn: x is {x.dtype} on {x.device} and y {y.dtype} on {y.device}; use y.to(x) (half precision "
+            "is read as fp32)."
+        )
+    single = x.ndim == 2
+    x, y = (x[None], y[None]) if single else (x, y)
+    a, b = _weights("a", a, x, single), _weights("b", b, y, single)
+    # E |x - y|^2 / 2 from the moments, after centring at the mean of y, so that nothing large cancels
+    centre = torch.bmm(b[:, None, :], y)
+    x, y = x - centre, y - centre
+    mean_cost = 0.5 * ((a * x.square().sum(-1)).sum(1) + (b * y.square().sum(-1)).sum(1))
+    eps = _epsilon(epsilon, epsilon_rel, mean_cost, single)
+    if not bool((mean_cost / eps < 1e9 if x.dtype == torch.float64 else mean_cost / eps < 1e6).all()):
+        raise ValueError(
+            f"sinkhorn: epsilon {float(eps.min()):.3g} is less than a {'billionth' if x.dtype == torch.float64 else 'millionth'} of the "
+            f"mean cost {float(mean_cost.max()):.3g}, beyond what {x.dtype} resolves; raise epsilon, use .double(), or exact_plan."
+        )
+    return Problem(x, y, a, b, eps, mean_cost, centre, single)

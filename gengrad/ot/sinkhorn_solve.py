@@ -1,0 +1,206 @@
+"""From a checked problem to its maps: which solves are needed, at which accuracy, in which order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from . import sinkhorn_core as core
+from .sinkhorn_problem import Problem
+
+SELF_SHARE = 0.2  # part of the tolerance that the self map's error may use
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to solve; see `gengrad.ot.sinkhorn` for the meaning."""
+
+    tol: float
+    max_iter: int
+    debias: bool
+    skip_self_mass: float
+    max_memory: float
+    products: str
+    backend: str
+
+
+@dataclass
+class Solution:
+    """Raw answers for a batch, in centred coordinates; `self_*` are None without debiasing."""
+
+    s: Tensor  # (B, m) column state, log b included
+    log_row: Tensor  # (B, n)
+    target: Tensor  # (B, n, d)
+    mean_s: Tensor  # (B, n) row averages of s, for the entropy of the rows
+    self_target: Tensor | None
+    s_self: Tensor | None  # (B, n)
+    self_mass: Tensor | None  # (B,)
+    iterations: Tensor
+    marginal_error: Tensor
+    error: Tensor  # (B,) estimated relative error of the velocity
+    converged: Tensor
+    self_value: Tensor | None = None  # (B,) OT_eps(x, x)
+
+
+def stack(parts: list[Solution]) -> Solution:
+    """Batches one after another as one."""
+    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Solution)}
+    return Solution(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+
+
+def stages(problem: Problem) -> int:
+    """Epsilon stages before the last: from about the mean cost down, a factor 4 apart."""
+    ratio = float((problem.mean_cost / problem.eps).max())
+    return max(0, math.floor(math.log(max(ratio, 1.0), core.STAGE_RATIO)))
+
+
+def self_start(problem: Problem) -> Tensor:
+    """log of the symmetric scalings that isolated points have, u = 1."""
+    return 0.5 * torch.log(problem.a).clamp_min(-1e4) - problem.x.square().sum(-1) / (
+        2 * problem.eps[:, None]
+    )
+
+
+def row_radius(problem: Problem) -> Tensor:
+    """About the rms radius of a row of a plan: no wider than the kernel, nor than the clouds; shape (B,)."""
+    return torch.sqrt(torch.minimum(problem.x.shape[-1] * problem.eps, 2 * problem.mean_cost))
+
+
+def resolution(problem: Problem) -> Tensor:
+    """Rms velocity below which rounding in x . y / eps hides it, (B,); in fp64 about 1e-13 of the clouds' size."""
+    rounding = torch.finfo(problem.x.dtype).eps * (1 + problem.mean_cost / problem.eps)
+    return 2 * rounding * row_radius(problem) + torch.finfo(problem.x.dtype).eps * torch.sqrt(
+        problem.mean_cost
+    )
+
+
+class SelfMap:
+    """The barycentric map of x onto itself: skipped where provably the identity, otherwise solved, and refined."""
+
+    def __init__(self, problem: Problem, options: Options, s: Tensor | None):
+        self.problem, self.options, self.kernel = problem, options, None
+        self.s = self_start(problem) if s is None else s
+        self.spread = row_radius(problem)
+        self.target, self.mass, self.total = (
+            problem.x,
+            torch.ones_like(problem.eps),
+            torch.ones_like(problem.eps),
+        )
+        self.error = torch.full_like(problem.eps, math.inf)
+        if self._worth_a_bound():
+            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps)
+            if bool((mass >= options.skip_self_mass).all()):
+                self.mass, self.error = mass, bound
+        self.skipped = bool(torch.isfinite(self.error).all())
+
+    def _worth_a_bound(self) -> bool:
+        x, a = self.problem.x, self.problem.a
+        mean = (a[..., None] * x).sum(1, keepdim=True)
+        variance = (a * (x - mean).square().sum(-1)).sum(1)
+        far = float((variance / self.problem.eps).min())  # mean of |x_i - x_j|^2 / (2 eps)
+        return (
+            self.options.skip_self_mass <= 1 and x.shape[-1] > 2 * 96 and far > 3 * math.log(x.shape[1] + 1)
+        )
+
+    def reach(self, goal: Tensor) -> bool:
+        """Bring the rms error below `goal` (B,) if it is not; True when the map changed."""
+        if bool((self.error <= goal).all()):
+            return False
+        p, o = self.problem, self.options
+        if self.kernel is None:
+            self.kernel = core.make_kernel(p.x, p.x, o.max_memory, o.products)
+        solved = core.solve_self(
+            self.kernel,
+            self.s,
+            p.a,
+            p.eps,
+            self.spread,
+            goal,
+            min(0.05, max(5 * o.tol, 1e-5)),
+            min(o.max_iter, 200),
+        )
+        self.s, self.error, self.skipped = solved.s, solved.error, False
+        self.total = torch.exp(solved.s + solved.log_row).sum(-1)
+        self.target = self.kernel.average(solved.s, p.x)
+        log_mass = p.x.square().sum(-1) / p.eps[:, None] + solved.s - solved.log_row
+        self.mass = (p.a * torch.exp(log_mass)).sum(-1)
+        return True
+
+    def value(self) -> Tensor:
+        """OT_eps(x, x) as its dual value 2 <a, h> - eps (sum P - 1), which errs in the second order; shape (B,)."""
+        p = self.problem
+        h = p.eps[:, None] * (self.s - torch.log(p.a).clamp_min(-1e4)) + p.x.square().sum(-1) / 2
+        return 2 * (p.a * h).sum(-1) - p.eps * (self.total - 1)
+
+
+def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
+    """Solve a batch together; `s` and `s_self` are warm starts in the solution's own variables."""
+    p, o = problem, options
+    kernel = core.make_kernel(p.x, p.y, o.max_memory, o.products)
+    log_b = torch.log(p.b).clamp_min(-1e4)
+    own = SelfMap(p, o, s_self) if o.debias else None
+    if own is not None and not own.skipped:
+        own.reach(0.1 * o.tol * torch.sqrt(p.mean_cost))
+    levels, sweeps, floor = stages(p), torch.zeros_like(p.eps), resolution(p)
+    psi = core.gaussian_start(p.x, p.y, p.a, p.b, p.eps * core.STAGE_RATIO**levels)
+    if s is not None:
+        levels, psi = 0, (s - log_b) * p.eps[:, None]
+    z = core.seen(p.y)
+    for _ in range(4):  # a second round only where the self map turns out too coarse for so small a velocity
+        base = core.seen(p.x if own is None else own.target)
+        pair = core.solve_pair(
+            kernel,
+            psi,
+            p.a,
+            p.b,
+            p.eps,
+            z,
+            base,
+            (1 - SELF_SHARE) * o.tol,
+            0.5 * floor,
+            o.max_iter - int(sweeps.max()),
+            levels,
+        )
+        sweeps, levels, psi = sweeps + pair.iterations, 0, (pair.s - log_b) * p.eps[:, None]
+        seen_speed = core.rms(kernel.average(pair.s, z) - base, p.a)
+        if (
+            own is None
+            or not own.reach(torch.maximum(SELF_SHARE * o.tol * seen_speed, 0.5 * floor))
+            or int(sweeps.max()) >= o.max_iter
+        ):
+            break
+    average = kernel.average(pair.s, torch.cat([p.y, pair.s[..., None]], -1))
+    target, mean_s = average[..., :-1], average[..., -1]
+    speed = core.rms(target - (p.x if own is None else own.target), p.a)
+    error = pair.error + (0 if own is None else own.error)
+    good = error <= torch.maximum(o.tol * speed, floor)
+    relative = (error + floor) / speed.clamp_min(torch.finfo(speed.dtype).tiny)
+    return Solution(
+        pair.s, pair.log_row, target, mean_s,
+        None if own is None else own.target, None if own is None else own.s, None if own is None else own.mass,
+        sweeps.long(), pair.marginal_error, relative, good,
+        None if own is None else own.value(),
+    )  # fmt: skip
+
+
+def solve(
+    problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None
+) -> tuple[Solution, str]:
+    """Solve with the chosen backend. On a CPU problems of some size go one at a time: same flops, faster products."""
+    n, m = problem.x.shape[1], problem.y.shape[1]
+    batch = problem.x.shape[0]
+    if batch > 1 and problem.x.device.type == "cpu" and n * m >= 2**14:
+        parts = [
+            solve(
+                problem.part(i),
+                options,
+                None if s is None else s[i : i + 1],
+                None if s_self is None else s_self[i : i + 1],
+            )
+            for i in range(batch)
+        ]
+        return stack([part for part, _ in parts]), parts[0][1]
+    return solve_torch(problem, options, s, s_self), "torch"

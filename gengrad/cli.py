@@ -139,16 +139,75 @@ def train(given) -> int:
 
 def sample(given) -> int:
     """``gengrad sample RUN --n 64 --nfe 5 --out samples.npy``"""
-    from gengrad import sampling
+    from gengrad import plotting, sampling
 
-    return sampling.command(given)
+    flow = _flow(given)
+    folder = Path(given.run)
+    out = sampling.writable(given.out, sampling.ENDINGS) if given.out else None
+    film = None
+    if given.trajectory is not None:
+        film = sampling.writable(Path(given.trajectory or folder / "trajectory.gif"), (".gif",))
+    nfes = given.nfe or [_default_nfe(flow)]
+    for nfe in nfes:
+        flow.cost(nfe, given.solver)  # an NFE that cannot be spent is refused before any work
+    options = {"seed": given.seed, "chunk": given.chunk, "solver": given.solver}
+    if len(nfes) > 1:
+        settings = flow.info.get("config", {}).get("evaluate", {})
+        n, draws = settings.get("n", 4096), settings.get("draws", 3)
+        target = sampling.target_of(flow)
+        report = sampling.judge(flow, target, nfes, n=n, draws=draws, seed=given.seed, solver=given.solver)
+        print(sampling.write_report(report, folder, "quality"))
+        print(f"written: {folder / 'quality.md'}, {folder / 'quality.json'}, {folder / 'quality.png'}")
+    if out or len(nfes) == 1:
+        drawn = flow.draw_samples(given.n, nfes[-1], **options)
+        print(f"{given.n} samples, {drawn.nfe:g} network evaluations each (counted), {drawn.seconds:.2f} s")
+        if out:
+            sampling.write_samples(drawn.x, out, flow, title=f"{drawn.nfe:g} network evaluations")
+            print(f"written: {out}")
+        elif film is None:
+            print("nothing was written: give --out samples.npy, .pt or .png")
+    if film:
+        path = flow.trajectory(min(given.n, 2000), nfes[-1], seed=given.seed, solver=given.solver)
+        plotting.trajectory_gif(path, film, target=sampling.truth_of(flow, 2000))
+        print(f"written: {film}")
+    return 0
 
 
 def evaluate(given) -> int:
     """``gengrad evaluate RUN``"""
     from gengrad import sampling
 
-    return sampling.evaluate_command(given)
+    flow = _flow(given)
+    settings = flow.info.get("config", {}).get("evaluate", {"nfe": [5, 10], "n": 4096, "draws": 3, "seed": 0})
+    nfes = given.nfe or settings["nfe"]
+    for nfe in nfes:
+        flow.cost(nfe, given.solver)
+    chosen = {key: settings[key] if getattr(given, key) is None else getattr(given, key) for key in ("n", "draws", "seed")}
+    target = sampling.target_of(flow)
+    report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
+    print(sampling.write_report(report, Path(given.run), "metrics"))
+    print(f"{report['results'][0]['protocol']['reference']}; floor: {report['results'][0]['protocol']['floor']}")
+    print(f"written: {Path(given.run) / 'metrics.json'}")
+    return 0
+
+
+def _flow(given):
+    """The run's flow on the device asked for."""
+    import torch
+
+    from gengrad.flows.flow import load
+
+    device = getattr(given, "device", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch sees no CUDA device here; use --device auto or cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(given.run, device)
+
+
+def _default_nfe(flow) -> int:
+    """The first NFE of the run's ``evaluate:`` section."""
+    return flow.info.get("config", {}).get("evaluate", {}).get("nfe", [10])[0]
 
 
 def doctor(given) -> int:

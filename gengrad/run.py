@@ -171,7 +171,7 @@ def versions() -> dict[str, str]:
 
     return {
         "gengrad": gengrad.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "python": sys.version.split()[0],
     }

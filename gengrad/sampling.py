@@ -12,10 +12,12 @@ from torch import Tensor
 from gengrad import plotting
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
-from gengrad.evaluation.transport import evaluate_transport, format_table
+from gengrad.evaluation.report import format_table, table_row
+from gengrad.evaluation.transport import Reference, evaluate_transport
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
 from gengrad.registry import DATASETS
+from gengrad.run import versions
 
 ENDINGS = (".npy", ".pt", ".png")
 
@@ -55,10 +57,16 @@ def write_samples(samples: Tensor, path: Path, flow: Flow, title: str = "") -> N
 
 def picture(samples: Tensor, flow: Flow, title: str = ""):
     """A grid of images, or a scatter of points over the target's."""
-    if flow.source.is_image or len(flow.event_shape) == 3:
+    if flow.is_image:
         return plotting.image_grid(samples, columns=max(1, int(len(samples) ** 0.5)))
-    truth = target_of(flow).sample(len(samples), generator_for(0, "preview")) if flow.info.get("config") else None
-    return plotting.scatter(samples, target=truth, title=title)
+    return plotting.scatter(samples, target=truth_of(flow, len(samples)), title=title)
+
+
+def truth_of(flow: Flow, n: int) -> Tensor | None:
+    """Points of the flow's target to draw beside its samples, where it is known and they are points."""
+    if flow.is_image or "config" not in flow.info:
+        return None
+    return target_of(flow).sample(n, generator_for(0, "preview"))
 
 
 def judge(
@@ -66,9 +74,10 @@ def judge(
 ) -> dict:
     """The transport distances of the flow's samples at each NFE, with the floor and the protocol.
 
-    Returns ``{"table": [row per nfe], "reports": {nfe: everything}}``; the NFE in it is the counted one.
+    Returns ``{"table": [row of text per nfe], "results": [everything per nfe]}``; the NFE in it is the counted one,
+    and all of them meet the same points of the target.
     """
-    rows, reports = [], {}
+    reference, rows, results = Reference(target, n=n, draws=draws, seed=seed), [], []
     for nfe in nfes:
         counted: list[float] = []
 
@@ -77,29 +86,18 @@ def judge(
             counted.append(samples.nfe)
             return samples.x
 
-        report = evaluate_transport(draw_samples, target, n=n, draws=draws, seed=seed, nfe=nfe)
-        report["nfe_counted"] = counted[0]
-        rows.append(_row(report, counted[0]))
-        reports[str(nfe)] = report
-    return {"table": rows, "reports": reports}
-
-
-def _row(report: dict, nfe: float) -> dict:
-    """One line of the table: each metric as mean +- deviation over draws, and its floor."""
-    row: dict = {"nfe": nfe}
-    for name, metric in report["metrics"].items():
-        row[name] = metric["mean"]
-        row[f"{name}_std"] = metric["std"]
-        if metric.get("floor") is not None:
-            row[f"{name}_floor"] = metric["floor"]["mean"]
-    return row
+        result = evaluate_transport(draw_samples, target, reference=reference)
+        result["nfe"] = counted[0] if counted[0] != int(counted[0]) else int(counted[0])
+        rows.append(table_row(result))
+        results.append(result)
+    return {"table": rows, "results": results, "solver": solver, "run": flow.info, "versions": versions()}
 
 
 def write_report(report: dict, folder: Path, name: str) -> str:
-    """Writes ``NAME.json``, ``NAME.md`` and ``NAME.png`` into ``folder``; returns the table as text."""
+    """Writes ``NAME.json`` and ``NAME.md``, and ``NAME.png`` for several NFE, into ``folder``; returns the table."""
     table = format_table(report["table"])
     write_json(folder / f"{name}.json", report)
     write_atomically(folder / f"{name}.md", (table + "\n").encode())
-    if len(report["table"]) > 1:
-        plotting.save(plotting.quality_against_nfe(report["table"]), folder / f"{name}.png")
+    if len(report["results"]) > 1:
+        plotting.save(plotting.quality_against_nfe(report["results"]), folder / f"{name}.png")
     return table

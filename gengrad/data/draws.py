@@ -25,7 +25,7 @@ def generator_for(seed: int, purpose: str, *numbers: int) -> torch.Generator:
 
 
 def draw(distribution: Distribution, start: int, stop: int, seed: int, purpose: str) -> Tensor:
-    """Draws number ``start`` .. ``stop - 1`` of the sequence keyed by ``(seed, purpose)``, shape (stop - start, *event).
+    """Draws ``start`` .. ``stop - 1`` of the sequence keyed by ``(seed, purpose)``, shape (stop - start, *event).
 
     The sequence is cut into blocks of 256 with a generator each, so draw ``i`` is the same in any range that holds it.
     """

@@ -55,6 +55,10 @@ class Flow(nn.Module):
         return tuple(self.source.event_shape)
 
     @property
+    def is_image(self) -> bool:
+        return len(self.event_shape) == 3
+
+    @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
@@ -65,7 +69,14 @@ class Flow(nn.Module):
         return self.draw_samples(n, nfe, seed, **options).x
 
     def draw_samples(
-        self, n: int, nfe: int | None = None, seed: int = 0, *, first: int = 0, chunk: int = 4096, solver: str | None = None
+        self,
+        n: int,
+        nfe: int | None = None,
+        seed: int = 0,
+        *,
+        first: int = 0,
+        chunk: int = 4096,
+        solver: str | None = None,
     ) -> Samples:
         """Samples number ``first`` .. ``first + n - 1`` of the sequence keyed by ``seed``, and their counted cost.
 
@@ -98,6 +109,11 @@ class Flow(nn.Module):
             for transport, share in zip(self.transports, self.allocate(nfe)):
                 states += list(transport.path(states[-1], nfe=share))
         return torch.stack(states).cpu()
+
+    def cost(self, nfe: int | None = None, solver: str | None = None) -> int:
+        """Network evaluations per sample that ``sample(nfe=nfe, solver=solver)`` spends; ``ValueError`` if it cannot."""
+        with self._solved_by(solver):
+            return sum(transport.cost(share) for transport, share in zip(self.transports, self.allocate(nfe)))
 
     def allocate(self, nfe: int | None) -> list[int | None]:
         """The share of ``nfe`` that each transport spends, larger first where it does not divide."""
@@ -178,7 +194,8 @@ class Flow(nn.Module):
         """Writes ``flow.safetensors`` and ``flow.json`` (which holds the weights' SHA-256).
 
         A kill at any moment leaves either the old or the new flow loadable: the new weights wait under another name
-        until the description that names their hash is on the disk. Raises ``ValueError`` for weights that are not finite: such a flow is never published.
+        until the description that names their hash is on the disk. Raises ``ValueError`` for weights that are not
+        finite: such a flow is never published.
         """
         directory = Path(directory)
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state_dict().items()}
@@ -211,7 +228,9 @@ def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Fl
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / DESCRIPTION} is damaged ({error!r}); train again or restore the file") from None
     if version != FORMAT:
-        raise ValueError(f"{directory / DESCRIPTION} has format {version}; this gengrad {gengrad.__version__} reads {FORMAT}")
+        raise ValueError(
+            f"{directory / DESCRIPTION} has format {version}; this gengrad {gengrad.__version__} reads {FORMAT}"
+        )
     content = _weights(directory, digest)
     try:
         return Flow.rebuild(description, load_tensors(content)).to(device)

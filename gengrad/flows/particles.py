@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def geodesic_times(steps: int, end: float = 1.0) -> list[float]:
 
 def geodesic_taus(times: Sequence[float]) -> list[float]:
     """eta_k = (t_{k+1} - t_k) / (1 - t_k): the steps of a particle flow that make the clock show ``times``."""
-    return [(after - before) / (1 - before) for before, after in zip(times, times[1:])]
+    return [(after - before) / (1 - before) for before, after in pairwise(times)]
 
 
 def particle_flow(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def steps_for(solver: str, nfe: int) -> int:
     steps, rest = divmod(nfe, EVALUATIONS[solver])
     if rest or not steps:
         each = EVALUATIONS[solver]
-        raise ValueError(f"solver {solver!r} evaluates the network {each} times a step; nfe={nfe} is no multiple of {each}")
+        raise ValueError(f"solver {solver!r} evaluates {each} times a step; nfe={nfe} is no multiple of {each}")
     return steps
 
 
@@ -58,6 +59,6 @@ def integrate(v: Velocity, x: Tensor, t0: float, t1: float, steps: int, solver: 
     """The states after each of ``steps`` equal steps from t0 to t1; x (batch, *event), t passed as (batch,)."""
     step = SOLVERS[solver]
     times = torch.linspace(t0, t1, steps + 1, dtype=torch.float64).tolist()
-    for before, after in zip(times, times[1:]):
+    for before, after in pairwise(times):
         x = step(v, x, torch.full((len(x),), before, device=x.device), torch.tensor(after - before, dtype=x.dtype))
         yield x

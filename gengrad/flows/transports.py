@@ -23,9 +23,10 @@ class Transport(nn.Module, ABC):
 
     def push(self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None) -> Tensor:
         """x moved, like x. ``nfe``: network evaluations to spend, where the transport leaves a choice."""
-        for x in self.path(x, generator, nfe):  # noqa: B020 - only the last state is kept
-            pass
-        return x
+        last = x
+        for state in self.path(x, generator, nfe):
+            last = state
+        return last
 
     @abstractmethod
     def cost(self, nfe: int | None = None) -> int:

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gengrad.functionals.base import Functional
-from gengrad.ot.sinkhorn import sinkhorn_divergence, sinkhorn_velocity
+from gengrad.ot import sinkhorn_divergence, sinkhorn_velocity
 from gengrad.registry import FUNCTIONALS, Settings
 
 

@@ -39,7 +39,7 @@ class Problem:
     seed: int
     steps: int  # optimiser steps of the whole run
     batch_size: int  # global
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
 
 class Stage(ABC):
@@ -67,7 +67,7 @@ class Stage(ABC):
         """State beyond networks and step, by name: tensors and JSON values."""
         return {}
 
-    def load_state(self, state: dict) -> None:
+    def load_state(self, state: dict) -> None:  # noqa: B027 - a stage without state has nothing to take back
         """Takes back what ``state`` gave."""
 
 

@@ -12,7 +12,7 @@ from gengrad.data.draws import Stream
 from gengrad.flows.flow import Flow
 from gengrad.flows.transports import VelocityTransport
 from gengrad.methods.base import Method, Part, Problem, Stage
-from gengrad.ot.exact import assignment
+from gengrad.ot import exact_assignment
 from gengrad.registry import METHODS, Settings
 
 
@@ -50,7 +50,7 @@ class StraightStage(Stage):
         x_0, x_1 = self.source.take(start, stop), self.target.take(start, stop)
         t = torch.rand(part.size, generator=generator)[rows]
         if self.coupling == "minibatch_ot":
-            x_1 = x_1[assignment(x_0.flatten(1), x_1.flatten(1))]
+            x_1 = x_1[exact_assignment(x_0.flatten(1), x_1.flatten(1))]
         x_0, x_1, t = (z.to(self.problem.device) for z in (x_0, x_1, t))
         s = t.view(-1, *[1] * (x_0.dim() - 1))
         x_t, u = (1 - s) * x_0 + s * x_1, x_1 - x_0

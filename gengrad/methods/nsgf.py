@@ -17,7 +17,7 @@ from gengrad.flows.pool import TrajectoryPool
 from gengrad.flows.transports import VelocityTransport
 from gengrad.functionals.divergence import sinkhorn_log
 from gengrad.methods.base import Method, Part, Problem, Stage
-from gengrad.ot.sinkhorn import sinkhorn_velocity
+from gengrad.ot import sinkhorn_velocity
 from gengrad.registry import METHODS, Settings
 
 
@@ -118,7 +118,8 @@ class SinkhornStage(Stage):
             mine = Part(0, c.ot_batch, part.rank, part.world).rows()
             own = slice(first + mine.start, first + mine.stop)
         x = self.source.take(own.start, own.stop).to(device)
-        y = (self.target.take(own.start, own.stop) if c.ot_scope == "local" else self.target.take(first, last)).to(device)
+        seen = own if c.ot_scope == "local" else slice(first, last)
+        y = self.target.take(seen.start, seen.stop).to(device)
         generator = generator_for(self.problem.seed, "train/plan", number, part.rank if c.ot_scope != "global" else 0)
         return self._flow(x, y, generator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
@@ -33,7 +34,7 @@ class MLP(nn.Module, Configured):
         size, c = prod(event_shape), self.config
         widths = [size + 1] + [c.width] * c.depth
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:]):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), ACTIVATIONS[c.activation]()]
         self.layers = nn.Sequential(*layers, nn.Linear(c.width, size))
 

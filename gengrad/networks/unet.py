@@ -92,7 +92,9 @@ class UNet(nn.Module, Configured):
         self._check(event_shape, len(c.multipliers))
         widths = [c.channels * m for m in c.multipliers]
         time_size = 4 * c.channels
-        self.time = nn.Sequential(nn.Linear(c.channels, time_size), nn.SiLU(), nn.Linear(time_size, time_size), nn.SiLU())
+        self.time = nn.Sequential(
+            nn.Linear(c.channels, time_size), nn.SiLU(), nn.Linear(time_size, time_size), nn.SiLU()
+        )
         self.stem = nn.Conv2d(event_shape[0], widths[0], 3, padding=1)
 
         self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]

@@ -209,7 +209,8 @@ def _count_skip(fitter: _Fitter, flow: Flow, run: Run) -> None:
     progress = run.progress
     progress.skips, progress.skipped = progress.skips + 1, progress.skipped + 1
     run.tracker.say(
-        f"{fitter.stage.name} step {progress.step}: loss or gradient not finite; step skipped ({progress.skips} in a row)"
+        f"{fitter.stage.name} step {progress.step}: loss or gradient not finite; step skipped "
+        f"({progress.skips} in a row)"
     )
     if progress.skips < MOST_SKIPS:
         return

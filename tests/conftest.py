@@ -1,0 +1,50 @@
+"""What several test files share: a config small enough to train in a second, and a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "data": {"name": "8gaussians"},
+    "network": {"name": "mlp", "width": 16, "depth": 2},
+    "method": {"name": "nsgf", "ot_batch": 64, "flow_steps": 2},
+    "train": {"steps": 20, "batch_size": 32, "checkpoint_every": 10, "log_every": 5},
+    "evaluate": {"nfe": [5], "n": 64, "draws": 2},
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A function that writes the small config, changed as asked (dotted keys), and returns its path."""
+    import yaml
+
+    def write(name: str = "run", **changes) -> Path:
+        raw = {key: dict(value) for key, value in SMALL.items()}
+        raw["out"] = str(tmp_path / name)
+        for key, value in changes.items():
+            place, parts = raw, key.split("__")
+            for part in parts[:-1]:
+                place = place.setdefault(part, {})
+            place[parts[-1]] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a finished small run; tests must not change it."""
+    import yaml
+
+    from gengrad.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    raw = {**SMALL, "out": str(folder / "run")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", str(folder / "run.yaml")]) == 0
+    return folder / "run"

@@ -1,0 +1,155 @@
+"""An interrupted run ends bit for bit where the uninterrupted one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from gengrad.cli import main
+from gengrad.training.checkpoint import CheckpointStore
+from gengrad.training.tracking import read_metrics
+
+ROOT = Path(__file__).parents[1]
+METHODS = {
+    "nsgf_euler": {"method": {"name": "nsgf", "ot_batch": 64, "flow_steps": 2, "pool_batches": 2}},
+    "nsgf_sample": {"method": {"name": "nsgf", "ot_batch": 64, "pool": "geodesic", "target": "sample"}},
+    "otfm_finite": {"method": {"name": "flow_matching", "coupling": "minibatch_ot"}, "data": {"name": "digits"}},
+}
+TRAIN = {"steps": 37, "batch_size": 32, "checkpoint_every": 4, "log_every": 1}
+
+
+def same_runs(one: Path, two: Path) -> None:
+    """Loss curve, published weights, and everything in the last checkpoint but its place."""
+    assert read_metrics(one) == read_metrics(two)
+    a, b = load_file(one / "flow.safetensors"), load_file(two / "flow.safetensors")
+    assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_like_one_never_killed(case, small, tmp_path):
+    changes = {**METHODS[case], "train": TRAIN}
+    whole, cut = small("whole", **changes), small("cut", **changes)
+    assert main(["train", str(whole)]) == 0
+    command = [sys.executable, str(ROOT / "tests" / "killer.py"), str(cut), "1", "10", "1.2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["code"] == 0, result.stderr
+    assert told["kills"] >= 1  # otherwise nothing was interrupted and the test shows nothing
+    same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("dropped", ["networks", "average", "optimizer", "progress"])
+def test_the_comparison_above_turns_red_when_a_piece_of_state_is_lost(dropped, small, tmp_path, monkeypatch):
+    """Runs to half, spoils one piece of the saved state, goes on: the end must differ."""
+    whole = small("whole", train=TRAIN)
+    assert main(["train", str(whole)]) == 0
+    half = small("half", train=TRAIN)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 21)
+        assert main(["train", str(half)]) == 130
+    load = CheckpointStore.load_latest
+
+    def spoiled(self):
+        found = load(self)
+        if dropped == "progress":
+            found.shared["progress"]["step"] -= 1
+        elif dropped == "optimizer":
+            for entry in found.shared["fitter"]["optimizer"]["parameters"].values():
+                entry["state"]["exp_avg"].zero_()
+        else:
+            for tensors in found.shared["fitter"][dropped].values():
+                next(iter(tensors.values())).mul_(1.01)
+        return found
+
+    monkeypatch.setattr(CheckpointStore, "load_latest", spoiled)
+    assert main(["train", str(half)]) == 0
+    with pytest.raises(AssertionError):
+        same_runs(tmp_path / "whole", tmp_path / "half")
+
+
+def _stop_after(patch, steps: int) -> None:
+    """Ctrl-C during optimiser step ``steps``."""
+    from gengrad.training import loop
+
+    step, taken = loop._Fitter.step, []
+
+    def counted(self, progress):
+        taken.append(1)
+        if len(taken) == steps:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, progress)
+
+    patch.setattr(loop._Fitter, "step", counted)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(small, tmp_path, monkeypatch, capsys):
+    path = small("run", train=TRAIN)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 10)
+        assert main(["train", str(path)]) == 130
+    told = capsys.readouterr().out
+    assert f"to go on: python train.py {path}" in told
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").load_latest().step == 10
+    assert main(["train", str(path)]) == 0
+    assert "goes on" in capsys.readouterr().out
+
+
+def test_sigterm_ends_a_real_process_with_143_and_a_checkpoint(small, tmp_path):
+    path = small("run", train={**TRAIN, "steps": 100_000})
+    process = subprocess.Popen([sys.executable, "train.py", str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    until = time.monotonic() + 60
+    while not list(store.directory.glob("step_*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert "to go on" in out
+    assert store.load_latest().step > 0
+
+
+def test_a_finished_run_is_left_alone_by_the_same_command(small, tmp_path, capsys):
+    path = small("run")
+    assert main(["train", str(path)]) == 0
+    before = (tmp_path / "run" / "flow.safetensors").read_bytes()
+    assert main(["train", str(path)]) == 0
+    assert (tmp_path / "run" / "flow.safetensors").read_bytes() == before
+
+
+def test_a_changed_config_does_not_go_on_with_the_old_run_but_may_start_from_its_weights(small, tmp_path, capsys):
+    path = small("run")
+    assert main(["train", str(path)]) == 0
+    assert main(["train", str(path), "train.lr=0.5"]) == 2
+    assert "train.lr: 0.001 there, 0.5 here" in capsys.readouterr().err
+    assert main(["train", str(path), f"init_from={tmp_path / 'run'}", f"out={tmp_path / 'next'}", "train.lr=1e-9"]) == 0
+    a, b = (load_file(tmp_path / name / "flow.safetensors") for name in ("run", "next"))
+    # a learning rate of 1e-9 leaves the weights where init_from put them, up to 20 steps of 1e-9 each
+    assert all((a[k] - b[k]).abs().max() < 1e-7 for k in a)
+
+
+def test_a_loss_that_stays_not_finite_stops_the_run_and_keeps_what_is_needed_to_replay_it(small, tmp_path, monkeypatch, capsys):
+    from gengrad.methods import nsgf
+
+    objective = nsgf.SinkhornStage.objective
+
+    def broken(self, networks, part, generator):
+        loss, logs = objective(self, networks, part, generator)
+        return (loss * float("nan") if part.step >= 12 else loss), logs
+
+    monkeypatch.setattr(nsgf.SinkhornStage, "objective", broken)
+    path = small("run", train={**TRAIN, "checkpoint_every": 10})
+    assert main(["train", str(path)]) == 2
+    told = capsys.readouterr()
+    assert "10 times in a row" in told.err and "stage 'nsgf'" in told.err
+    replay = CheckpointStore(tmp_path / "run" / "replay").load_latest()
+    assert replay.shared["progress"]["skips"] == 10
+    flow = load_file(tmp_path / "run" / "flow.safetensors")  # the last finite one is still published
+    assert all(t.isfinite().all() for t in flow.values())

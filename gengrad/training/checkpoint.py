@@ -266,7 +266,7 @@ class CheckpointStore:
         return sorted(self._entries(), reverse=True), [f"{path}: put aside earlier" for path in aside]
 
     def _try(self, entry: Entry, read: list[Checkpoint]) -> str | None:
-        """Read this rank's states into ``read``; gives what is damaged. Rank 0 verifies all the others' files."""
+        """Read this rank's states into ``read``; gives what is damaged. Rank 0 verifies every file."""
         path, own = self.directory / entry.name, rank_part(self.ranks.rank)
         try:
             if path.is_symlink():

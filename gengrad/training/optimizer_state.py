@@ -28,11 +28,10 @@ def optimizer_state_by_name(optimizer: torch.optim.Optimizer, named_parameters: 
         {"parameters": [names[p] for p in group["params"]], "settings": _settings(group)}
         for group in optimizer.param_groups
     ]
-    parameters = {
-        names[p]: {"shape": list(p.shape), "state": _listed_tuples(dict(optimizer.state.get(p, {})))}
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    parameters = {}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        state = _listed_tuples(dict(optimizer.state.get(p, {})))
+        parameters[names[p]] = {"shape": list(p.shape), "entries": sorted(state), "state": state}
     return {"optimizer": _class_name(optimizer), "groups": groups, "parameters": parameters}
 
 
@@ -50,7 +49,7 @@ def load_optimizer_state_by_name(
         problems.append(f"it is of {state['optimizer']}, the optimiser is {_class_name(optimizer)}")
     own = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
     problems += [f"parameters {text}" for text in differences(own, state["parameters"])]
-    problems += _misfits(own, state)
+    problems += _misfits(own, state["parameters"])
     settings = _matched_settings(optimizer, names, state["groups"], problems)
     refuse("optimiser state", problems)
     _load(optimizer, names, settings, state["parameters"])
@@ -71,9 +70,7 @@ def _names(optimizer: torch.optim.Optimizer, named_parameters: Named) -> dict[nn
     unnamed = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if p not in names]
     if unnamed:
         shapes = ", ".join(map(str, unnamed[:8]))
-        raise CheckpointError(
-            f"the optimiser holds {len(unnamed)} parameters without a name, of shapes {shapes}"
-        )
+        raise CheckpointError(f"the optimiser holds {len(unnamed)} parameters without a name, of shapes {shapes}")
     return names
 
 
@@ -87,28 +84,19 @@ def _listed_tuples(value: Any) -> Any:
     return [_listed_tuples(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _misfits(own: Mapping[str, nn.Parameter], state: Mapping[str, Any]) -> list[str]:
-    """Entries of a wrong shape, and entries that others in the group have and this one lacks."""
+def _misfits(own: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> list[str]:
+    """Parameters of another shape, and entries that are missing, unknown or of a wrong shape."""
     problems = []
-    for group in state["groups"]:
-        saved = {
-            name: state["parameters"][name] for name in group["parameters"] if name in state["parameters"]
-        }
-        # a parameter that never had a gradient has no entries at all; some without the others is damage
-        usual = set().union(*(record["state"] for record in saved.values())) if saved else set()
-        for name, record in saved.items():
-            if name not in own:
-                continue
-            shape = list(own[name].shape)
-            if record["shape"] != shape:
-                problems.append(f"{name} has shape {record['shape']}, the network's has {shape}")
-            lacking = usual - set(record["state"]) if record["state"] else set()
-            problems += [f"{name} lacks {entry}" for entry in sorted(lacking)]
-            problems += [
-                f"{name} {entry} is {kind_of(value)}, its parameter has shape {tuple(shape)}"
-                for entry, value in record["state"].items()
-                if entry in PER_ELEMENT and isinstance(value, Tensor) and list(value.shape) != shape
-            ]
+    for name in sorted(own.keys() & saved.keys()):
+        record, shape = saved[name], list(own[name].shape)
+        if record["shape"] != shape:
+            problems.append(f"{name} has shape {record['shape']}, the network's has {shape}")
+        problems += [f"{name} entries {text}" for text in differences(record["entries"], record["state"])]
+        problems += [
+            f"{name} {entry} is {kind_of(value)}, its parameter has shape {tuple(shape)}"
+            for entry, value in record["state"].items()
+            if entry in PER_ELEMENT and isinstance(value, Tensor) and list(value.shape) != shape
+        ]
     return problems
 
 

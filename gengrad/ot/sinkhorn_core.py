@@ -27,7 +27,7 @@ SMALLEST = (
     -60.0
 )  # logarithm of the least kernel entry beside its row's largest: denormals would slow every product
 LIMIT = 40.0  # largest move of one entry of s in one iteration (starved columns)
-PROBES = 8  # directions through which the velocity is watched in high dimension
+PROBES = 4  # directions through which the velocity is watched in high dimension
 
 
 def matvec(k: Tensor, v: Tensor) -> Tensor:
@@ -211,7 +211,8 @@ class PairSolution:
 
     s: Tensor  # (B, m), includes log b
     log_row: Tensor  # (B, n)
-    iterations: Tensor  # (B,) sweeps over the kernel, annealing included
+    shot: Tensor  # (B, n, p) the barycentric map through the probes
+    iterations: int  # sweeps over the kernel, annealing included
     marginal_error: Tensor  # (B,) sum_j |c_j - b_j|
     error: Tensor  # (B,) estimated rms error of the barycentric map, in the units of x
 
@@ -258,7 +259,7 @@ def solve_pair(
             )  # retreat to the plain iteration
             anderson.restart()
             continue
-        if sweeps - stages <= 2 or since >= CHECK_EVERY or sweeps >= max_iter:
+        if sweeps - stages <= 3 or since >= CHECK_EVERY or sweeps >= max_iter:
             size, shot = torch.sqrt((b * r.square()).sum(-1)), kernel.average(s, z)
             if shown is not None:
                 q = (size / shown[1].clamp_min(1e-30)).clamp(0.25 if since < 2 else 0.5, 0.95)
@@ -273,7 +274,7 @@ def solve_pair(
         since += 1
         best = (s, value, r)
         s = anderson.step(s, r, c)
-    return PairSolution(s, log_row, torch.full_like(eps, sweeps), (c - b).abs().sum(-1), error)
+    return PairSolution(s, log_row, shot, sweeps, (c - b).abs().sum(-1), error)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, fields
 
@@ -12,6 +13,7 @@ from . import sinkhorn_core as core
 from .sinkhorn_problem import Problem
 
 SELF_SHARE = 0.2  # part of the tolerance that the self map's error may use
+FIRST_SELF_GOAL = 0.02  # its first goal, times tol and the clouds' size, before the speed is known
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,18 @@ class SelfMap:
         self.mass = (p.a * torch.exp(log_mass)).sum(-1)
         return True
 
+    def settle(self, shot: Tensor, error: Tensor | float, floor: Tensor | float) -> bool:
+        """Refine for the speed that the pair's probes `shot` (B, n, p) show; True if the pair's error suits it still.
+
+        The first goal cannot know how small the velocity turns out; a refined self map changes the speed a little.
+        """
+        p, tol = self.problem, self.options.tol
+        speed = core.rms(shot - core.seen(self.target), p.a)
+        if not self.reach((SELF_SHARE * tol * speed).clamp_min(0.5 * floor)):
+            return True
+        speed = core.rms(shot - core.seen(self.target), p.a)
+        return bool((error <= ((1 - SELF_SHARE) * tol * speed).clamp_min(0.5 * floor)).all())
+
     def value(self) -> Tensor:
         """OT_eps(x, x) as its dual value 2 <a, h> - eps (sum P - 1), which errs in the second order; shape (B,)."""
         p = self.problem
@@ -143,34 +157,20 @@ def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     log_b = torch.log(p.b).clamp_min(-1e4)
     own = SelfMap(p, o, s_self) if o.debias else None
     if own is not None and not own.skipped:
-        own.reach(0.1 * o.tol * torch.sqrt(p.mean_cost))
-    levels, sweeps, floor = stages(p), torch.zeros_like(p.eps), resolution(p)
+        own.reach(FIRST_SELF_GOAL * o.tol * torch.sqrt(p.mean_cost))
+    levels, sweeps, floor = stages(p), 0, resolution(p)
     psi = core.gaussian_start(p.x, p.y, p.a, p.b, p.eps * core.STAGE_RATIO**levels)
     if s is not None:
         levels, psi = 0, (s - log_b) * p.eps[:, None]
     z = core.seen(p.y)
-    for _ in range(4):  # a second round only where the self map turns out too coarse for so small a velocity
+    while True:
         base = core.seen(p.x if own is None else own.target)
         pair = core.solve_pair(
-            kernel,
-            psi,
-            p.a,
-            p.b,
-            p.eps,
-            z,
-            base,
-            (1 - SELF_SHARE) * o.tol,
-            0.5 * floor,
-            o.max_iter - int(sweeps.max()),
-            levels,
-        )
+            kernel, psi, p.a, p.b, p.eps, z, base, (1 - SELF_SHARE) * o.tol, 0.5 * floor,
+            max(o.max_iter - sweeps, 1), levels,
+        )  # fmt: skip
         sweeps, levels, psi = sweeps + pair.iterations, 0, (pair.s - log_b) * p.eps[:, None]
-        seen_speed = core.rms(kernel.average(pair.s, z) - base, p.a)
-        if (
-            own is None
-            or not own.reach(torch.maximum(SELF_SHARE * o.tol * seen_speed, 0.5 * floor))
-            or int(sweeps.max()) >= o.max_iter
-        ):
+        if own is None or sweeps >= o.max_iter or own.settle(pair.shot, pair.error, floor):
             break
     average = kernel.average(pair.s, torch.cat([p.y, pair.s[..., None]], -1))
     target, mean_s = average[..., :-1], average[..., -1]
@@ -181,26 +181,41 @@ def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     return Solution(
         pair.s, pair.log_row, target, mean_s,
         None if own is None else own.target, None if own is None else own.s, None if own is None else own.mass,
-        sweeps.long(), pair.marginal_error, relative, good,
+        torch.full_like(p.eps, sweeps).long(), pair.marginal_error, relative, good,
         None if own is None else own.value(),
     )  # fmt: skip
+
+
+def choose_backend(problem: Problem, options: Options) -> str:
+    """The fused path for fp32 on a CPU where numba is installed and the kernel fits the memory bound."""
+    p, o = problem, options
+    n, m = p.x.shape[1], p.y.shape[1]
+    reasons = []
+    if importlib.util.find_spec("numba") is None:
+        reasons.append("numba is not installed (pip install gengrad[fast])")
+    if p.x.device.type != "cpu" or p.x.dtype != torch.float32:
+        reasons.append(f"it takes float32 on a CPU, not {p.x.dtype} on {p.x.device}")
+    if 4 * max(n, m) * max(n, m) * 2 > o.max_memory:
+        reasons.append(f"its buffers for {n} x {m} points exceed max_memory")
+    if o.products != "same":
+        reasons.append(f"it has no products={o.products!r}")
+    if o.backend == "numba" and reasons:
+        raise ValueError(
+            f'sinkhorn: backend="numba" cannot run: {"; ".join(reasons)}. Use "auto" or "torch".'
+        )
+    return "torch" if reasons or o.backend == "torch" else "numba"
 
 
 def solve(
     problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None
 ) -> tuple[Solution, str]:
-    """Solve with the chosen backend. On a CPU problems of some size go one at a time: same flops, faster products."""
-    n, m = problem.x.shape[1], problem.y.shape[1]
-    batch = problem.x.shape[0]
-    if batch > 1 and problem.x.device.type == "cpu" and n * m >= 2**14:
-        parts = [
-            solve(
-                problem.part(i),
-                options,
-                None if s is None else s[i : i + 1],
-                None if s_self is None else s_self[i : i + 1],
-            )
-            for i in range(batch)
-        ]
-        return stack([part for part, _ in parts]), parts[0][1]
-    return solve_torch(problem, options, s, s_self), "torch"
+    """Solve with the chosen backend. On a CPU problems of some size go one at a time: faster products."""
+    backend = choose_backend(problem, options)
+    n, m, batch = problem.x.shape[1], problem.y.shape[1], problem.x.shape[0]
+    one = solve_torch
+    if backend == "numba":
+        from .sinkhorn_fused import solve_fused as one  # compiles at first use
+    if batch > 1 and problem.x.device.type == "cpu" and (backend == "numba" or n * m >= 2**14):
+        starts = [[None if t is None else t[i : i + 1] for t in (s, s_self)] for i in range(batch)]
+        return stack([one(problem.part(i), options, *starts[i]) for i in range(batch)]), backend
+    return one(problem, options, s, s_self), backend

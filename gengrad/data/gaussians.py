@@ -31,6 +31,7 @@ class Mixture:
         self.weights = weights.double() / weights.double().sum()
         self.means, self.covariances = means.double(), covariances.double()
         self.factors = torch.stack([cholesky(covariance) for covariance in self.covariances])
+        self.whitenings = torch.linalg.inv(self.factors)
 
     @property
     def widest(self) -> float:
@@ -45,10 +46,9 @@ class Mixture:
 
     def log_density(self, x: Tensor) -> Tensor:
         """log sum_k w_k N(x; m_k, S_k), (n, d) -> (n,), differentiable in x."""
-        means, factors, weights = (part.to(x) for part in (self.means, self.factors, self.weights))
-        offset = (x[:, None, :] - means).unsqueeze(-1)  # (n, k, d, 1)
-        white = torch.linalg.solve_triangular(factors, offset, upper=False).squeeze(-1)
-        log_volume = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # log sqrt(det S_k)
+        means, whitenings, weights = (part.to(x) for part in (self.means, self.whitenings, self.weights))
+        white = torch.einsum("kij,nkj->nki", whitenings, x[:, None, :] - means)  # L_k^{-1} (x - m_k)
+        log_volume = -whitenings.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # log sqrt(det S_k)
         constant = 0.5 * x.shape[1] * math.log(2 * math.pi)
         return torch.logsumexp(weights.log() - 0.5 * white.square().sum(-1) - log_volume - constant, dim=1)
 

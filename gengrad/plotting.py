@@ -361,8 +361,11 @@ def quality_against_nfe(table: Mapping[str, Sequence[Mapping]] | Sequence[Mappin
     axes.set_xscale("log")
     axes.set_xticks(sorted(ticks), [str(t) for t in sorted(ticks)])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    if all(r[metric]["mean"] >= 0 for results in curves.values() for r in results):
+        axes.set_ylim(bottom=0)
     _open(axes, "network evaluations per sample", LABELS.get(metric, metric))
-    handles = sorted(zip(*axes.get_legend_handles_labels()), key=lambda pair: pair[1].startswith("floor:"))
-    axes.legend(*zip(*[pair for pair in handles if pair[1]]), frameon=False, fontsize=9, labelcolor=INK)
+    named = [pair for pair in zip(*axes.get_legend_handles_labels()) if pair[1]]
+    if named:
+        named.sort(key=lambda pair: pair[1].startswith("floor:"))  # curves first
+        axes.legend(*zip(*named), frameon=False, fontsize=9, labelcolor=INK)
     return figure

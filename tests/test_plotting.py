@@ -39,6 +39,7 @@ PICTURES = {
     "snapshots of images": lambda: plotting.snapshots(IMAGES, times=(0, 1)),
     "loss": lambda: plotting.loss_curve([{"step": k, "loss": 1 / (k + 1), "stage": "a"} for k in range(50)]),
     "loss below zero": lambda: plotting.loss_curve([{"step": k, "loss": -k} for k in range(5)]),
+    "quality without a floor": lambda: plotting.quality_against_nfe([{"nfe": 1, "a": {"mean": -1.0}}], metric="a"),
     "quality": lambda: plotting.quality_against_nfe([{"nfe": k, "w2": SUMMARY} for k in (1, 5)]),
 }
 

@@ -205,6 +205,31 @@ def rms(v: Tensor, w: Tensor) -> Tensor:
     return torch.sqrt((w * v.square().sum(-1)).sum(-1))
 
 
+def top_variance(x: Tensor, points: int = 256, rounds: int = 3) -> Tensor:
+    """About the largest eigenvalue of each cloud's covariance (B,), by power iteration on at most `points` points."""
+    x = x[:, :: max(1, x.shape[1] // points)]
+    x = x - x.mean(1, keepdim=True)
+    v = x[:, :1].mT + x.std(1, correction=0)[..., None]  # (B, d, 1): any start that no cloud is orthogonal to
+    for _ in range(rounds):
+        w = x.mT @ (x @ v)
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        v = w / norm.clamp_min(torch.finfo(x.dtype).tiny)
+    return (x @ v).square().mean((1, 2))
+
+
+def accelerated_rate(x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Rates (B,) per iteration that the slowest mode would have between Gaussians: plain, and accelerated.
+
+    Along a direction of deviations s, t Sinkhorn contracts by lambda = (sqrt(1 + k^2) - k)^2, k = eps / (2 s t); a
+    Krylov method turns that into (1 - r) / (1 + r), r = sqrt(1 - lambda). A residual does not show its slow modes, so
+    the error estimate assumes no better than this.
+    """
+    k = eps / (2 * torch.sqrt(top_variance(x) * top_variance(y))).clamp_min(torch.finfo(eps.dtype).tiny)
+    plain = 1 / (torch.sqrt(1 + k.square()) + k).square()
+    root = torch.sqrt(1 - plain)
+    return plain, (1 - root) / (1 + root)
+
+
 @dataclass
 class PairSolution:
     """A solved pair of clouds; all tensors carry the batch dimension."""
@@ -229,12 +254,13 @@ def solve_pair(
     floor: Tensor,
     max_iter: int,
     stages: int,
+    rates: tuple[Tensor, Tensor],
 ) -> PairSolution:
     """Anneal from eps 4^stages, then iterate at eps to a velocity error of `tol` relative, or `floor` (B,) absolute.
 
     z (B, m, p) are the targets through the probes, z_base (B, n, p) what the velocity subtracts (x, or the self map).
     Between two checks the probe velocity moves by D while the residual falls by a factor q: the error left is taken
-    as D q / (1 - q), with q bounded below because slow modes hide from the residual.
+    as D q / (1 - q), with q at least what `accelerated_rate` says of the slowest mode.
     """
     log_b = torch.log(b).clamp_min(-1e4)
     for k in range(stages, 0, -1):
@@ -262,7 +288,8 @@ def solve_pair(
         if sweeps - stages <= 3 or since >= CHECK_EVERY or sweeps >= max_iter:
             size, shot = torch.sqrt((b * r.square()).sum(-1)), kernel.average(s, z)
             if shown is not None:
-                q = (size / shown[1].clamp_min(1e-30)).clamp(0.25 if since < 2 else 0.5, 0.95)
+                least = rates[0].clamp_min(0.25) if since < 2 else (rates[1] ** since).clamp_min(0.5)
+                q = torch.maximum(size / shown[1].clamp_min(1e-30), least).clamp_max(0.999)
                 error = SAFETY * rms(shot - shown[0], a) * q / (1 - q)
                 speed, marginal = rms(shot - z_base, a), (c - b).abs().sum(-1)
                 good = (error <= torch.maximum(tol * speed, floor)) & (marginal <= max(2 * tol, 100 * slack))

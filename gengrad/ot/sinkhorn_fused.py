@@ -112,11 +112,12 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     zt, log_row = np.ascontiguousarray(core.seen(y).numpy().T), np.empty(n, F)
     floor = float(resolution(p))
     share = (1 - SELF_SHARE) * o.tol
+    plain, fast = (float(r) for r in core.accelerated_rate(p.x, p.y, p.eps))
     while True:
         base = core.seen(x if own is None else own.target[0]).contiguous()
         v, more, marginal, error, shot = fused.solve_pair(
             dot, xn, yt, s.numpy(), F(1.0 / eps), a, b, zt, base.numpy(), share, 0.5 * floor,
-            max(o.max_iter - sweeps, 1), k, log_row,
+            max(o.max_iter - sweeps, 1), plain, fast, k, log_row,
         )  # fmt: skip
         sweeps += more
         if own is None or sweeps >= o.max_iter or own.settle(torch.from_numpy(shot)[None], error, floor):

@@ -237,7 +237,7 @@ def anneal(dot, x, yt, psi, log_b, eps, a, b, row, stages):
 
 
 @_jit
-def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, kernel, log_row):
+def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, plain, fast, kernel, log_row):
     """See `sinkhorn_core.solve_pair`; s and log_row are overwritten with the solution, `kernel` with its rows.
 
     On return `kernel` holds the rows at the absorbed state, and v the scaling of its columns to reach s.
@@ -279,7 +279,8 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, ker
             averages(kernel, v, zt, shot)
             speed = rms_gap(shot, base, a)
             if have_shown:
-                q = min(max(size / max(size_shown, 1e-30), 0.25 if since < 2 else 0.5), 0.95)
+                least = max(plain, 0.25) if since < 2 else max(fast**since, 0.5)
+                q = min(max(size / max(size_shown, 1e-30), least), 0.999)
                 error = SAFETY * rms_gap(shot, shown, a) * q / (1.0 - q)
                 if error <= max(tol * speed, floor) and marginal <= max(2 * tol, 1e-3):
                     break

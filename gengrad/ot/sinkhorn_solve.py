@@ -162,12 +162,12 @@ def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     psi = core.gaussian_start(p.x, p.y, p.a, p.b, p.eps * core.STAGE_RATIO**levels)
     if s is not None:
         levels, psi = 0, (s - log_b) * p.eps[:, None]
-    z = core.seen(p.y)
+    z, rates = core.seen(p.y), core.accelerated_rate(p.x, p.y, p.eps)
     while True:
         base = core.seen(p.x if own is None else own.target)
         pair = core.solve_pair(
             kernel, psi, p.a, p.b, p.eps, z, base, (1 - SELF_SHARE) * o.tol, 0.5 * floor,
-            max(o.max_iter - sweeps, 1), levels,
+            max(o.max_iter - sweeps, 1), levels, rates,
         )  # fmt: skip
         sweeps, levels, psi = sweeps + pair.iterations, 0, (pair.s - log_b) * p.eps[:, None]
         if own is None or sweeps >= o.max_iter or own.settle(pair.shot, pair.error, floor):

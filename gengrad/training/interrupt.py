@@ -63,8 +63,6 @@ class Interrupts:
         ``Ranks.largest``); ``signal`` is then set on all.
         """
         number = largest(self.signal or 0)
-        if number is True:  # a reduction that says only that some rank was signalled
-            number = self.signal or signal.SIGTERM
         if number and self.signal != number:
             self.signal, self._first = number, self._first or time.monotonic()
         return number != 0

@@ -246,7 +246,7 @@ def under_torchrun(directory: Path, plan: str) -> dict | None:
     world = Accelerator(cpu=True).num_processes
     if world != 2:
         raise SystemExit(f"{world} processes instead of 2")
-    ranks, deaths = Ranks.of_process_group(), [death.split(":") for death in plan.split(",")]
+    ranks, deaths = Ranks.of_process_group(), [death.split(":") for death in plan.split(",") if death]
     found, before = CheckpointStore(directory / "checkpoints", ranks=ranks).load_latest(), acknowledged(directory)
     good = before < 0 if found is None else found.step >= before and fits(found, rank, SIZE)
     if not good:
@@ -255,7 +255,9 @@ def under_torchrun(directory: Path, plan: str) -> dict | None:
         victim, point = deaths[attempt]
         save_on(directory, ranks, 3, (point, 2) if int(victim) == rank else None)
         raise SystemExit("the planned death did not come")
-    outcome = ranks.gather_object(fill_one_disk(directory, ranks, found.step))
+    if found is None:
+        save_on(directory, ranks, 1)
+    outcome = ranks.gather_object(fill_one_disk(directory, ranks, found.step if found else 0))
     figures = {"attempts": attempt + 1, "bad": (directory / "bad").exists(), "world": world, "outcome": outcome}
     return figures if ranks.first else None
 
@@ -278,10 +280,19 @@ def fill_one_disk(directory: Path, ranks: Ranks, last: int) -> list:
     return [message, stands, fits(store.load_latest(), ranks.rank, SIZE)]
 
 
+def together(directory: Path, *amounts: int) -> dict:
+    """Several modes in one process: most of the time of each is the import of PyTorch."""
+    results = {}
+    for mode, amount in zip(["one", "two", "plain", "signals"], amounts):
+        (directory / mode).mkdir()
+        results[mode] = MODES[mode](directory / mode, amount)
+    return results
+
+
 MODES = {
-    "one": one_rank, "two": two_ranks, "plain": plain_saves, "signals": signals, "full": full_disk,
-    "torchrun": under_torchrun,
-}  # fmt: skip
+    **{"one": one_rank, "two": two_ranks, "plain": plain_saves, "signals": signals, "together": together},
+    **{"full": full_disk, "torchrun": under_torchrun},
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

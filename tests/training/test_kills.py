@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_cases import POINTS
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+SHORT = {"one": 30, "two": 16, "plain": 16, "signals": 20}  # how many kills or signals; all in 30 seconds
 LOSSES = {"unloadable": 0, "lost": 0, "wrong": 0, "damaged": 0}
 
 
@@ -33,26 +34,56 @@ def torchrun(directory: Path, deaths: list[str], timeout: int) -> dict:
     return figures("torchrun", directory, ",".join(deaths), launcher=launcher, timeout=timeout)
 
 
-@pytest.mark.parametrize("kills", [30, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_kill_of_one_process_loses_nothing(tmp_path, kills):
-    counts = figures("one", tmp_path, kills, timeout=600)
-    assert counts["kills"] == kills + 2 * len(POINTS[0])  # every planned death came
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> dict:
+    """The figures of the short runs; they share one process."""
+    names, amounts = zip(*SHORT.items())
+    return dict(zip(names, figures("together", tmp_path_factory.mktemp("kills"), *amounts, timeout=300).values()))
+
+
+@pytest.fixture
+def count(counted, tmp_path):
+    """A function that gives a mode's figures for an amount: those counted, or those of a longer run."""
+
+    def figures_of(mode: str, amount: int) -> dict:
+        return counted[mode] if amount == SHORT[mode] else figures(mode, tmp_path, amount, timeout=900)
+
+    return figures_of
+
+
+def short_and(mode: str, longer: int):
+    return pytest.mark.parametrize("times", [SHORT[mode], pytest.param(longer, marks=pytest.mark.slow)])
+
+
+@short_and("one", 300)
+def test_a_kill_of_one_process_loses_nothing(count, times):
+    counts = count("one", times)
+    assert counts["kills"] == times + 2 * len(POINTS[0])  # every planned death came
     assert counts["in_a_save"] >= 10  # and many hit a save
     assert {key: counts[key] for key in LOSSES} == LOSSES
-    assert counts["newest"] >= kills  # each life saved at least once
+    assert counts["newest"] >= times  # each life saved at least once
 
 
-@pytest.mark.parametrize("kills", [16, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_kill_of_either_of_two_processes_loses_nothing(tmp_path, kills):
-    counts = figures("two", tmp_path, kills, timeout=900)
-    assert counts["kills"] == kills + sum(map(len, POINTS.values()))
+@short_and("two", 200)
+def test_a_kill_of_either_of_two_processes_loses_nothing(count, times):
+    counts = count("two", times)
+    assert counts["kills"] == times + sum(map(len, POINTS.values()))
     assert counts["in_a_save"] >= 5
     assert {key: counts[key] for key in LOSSES} == LOSSES
 
 
-def test_the_same_kills_ruin_a_plain_save(tmp_path):
-    counts = figures("plain", tmp_path, 16)
+@short_and("plain", 100)
+def test_the_same_kills_ruin_a_plain_save(count, times):
+    counts = count("plain", times)
     assert counts["unloadable"] + counts["wrong"] >= 1  # measured: two of three
+
+
+@short_and("signals", 200)
+def test_a_signal_at_any_moment_saves_and_leaves_with_its_code(count, times):
+    counts = count("signals", times)
+    assert counts["143"] == times - times // 4 and counts["130"] == times // 4 and counts["other"] == 0
+    assert counts["saved"] == times
+    assert counts["longest"] < 20
 
 
 def check_torchrun(tmp_path, deaths: list[str], timeout: int) -> None:
@@ -65,21 +96,13 @@ def check_torchrun(tmp_path, deaths: list[str], timeout: int) -> None:
     assert [outcome[1:] for outcome in result["outcome"]] == [[True, True]] * 2  # the old one stood; then it went on
 
 
-def test_under_torchrun_a_killed_rank_resumes_and_one_full_disk_aborts_both(tmp_path):
-    check_torchrun(tmp_path, ["1:rank_written"], timeout=90)
+def test_under_torchrun_one_full_disk_aborts_the_save_of_both_ranks(tmp_path):
+    check_torchrun(tmp_path, [], timeout=90)
 
 
 @pytest.mark.slow
 def test_under_torchrun_every_point_of_a_save_survives_its_kill(tmp_path):
     check_torchrun(tmp_path, [f"{rank}:{p}" for rank, points in POINTS.items() for p in points], timeout=600)
-
-
-@pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_signal_at_any_moment_saves_and_leaves_with_its_code(tmp_path, times):
-    counts = figures("signals", tmp_path, times, timeout=300)
-    assert counts["143"] == times - times // 4 and counts["130"] == times // 4 and counts["other"] == 0
-    assert counts["saved"] == times
-    assert counts["longest"] < 20
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_tells_path_and_bytes(tmp_path):

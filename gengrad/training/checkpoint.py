@@ -78,14 +78,10 @@ class CheckpointStore:
 
     def __init__(self, directory: str | Path, keep: int = 2, ranks: Ranks | None = None):
         if keep < 2:
-            raise ValueError(
-                f"keep is {keep}: at least 2 checkpoints stay, so that one damaged file loses no run"
-            )
+            raise ValueError(f"keep is {keep}: at least 2 checkpoints stay, so that one damaged file loses no run")
         self.directory, self.keep, self.ranks = Path(directory), keep, ranks or Ranks()
 
-    def save(
-        self, step: int, shared_state: Mapping[str, Any], rank_state: Mapping[str, Any] | None = None
-    ) -> Path:
+    def save(self, step: int, shared_state: Mapping[str, Any], rank_state: Mapping[str, Any] | None = None) -> Path:
         """Commit the state of ``step``: ``shared_state`` as rank 0 has it, ``rank_state`` of each rank.
 
         Returns when it is on the disk; until then the older checkpoints stand. Raises on all ranks alike
@@ -100,9 +96,8 @@ class CheckpointStore:
                 files |= manifests.write_part(temporary, "shared", dict(shared_state), self._kept())
                 self._point("shared_written")
             if rank_state is not None:
-                files |= manifests.write_part(
-                    temporary, rank_part(ranks.rank), dict(rank_state), self._kept()
-                )
+                part = rank_part(ranks.rank)
+                files |= manifests.write_part(temporary, part, dict(rank_state), self._kept())
             self._point("rank_written")
             return files
 
@@ -136,7 +131,10 @@ class CheckpointStore:
             temporary = self.directory / f"{TEMPORARY}{entry.name}"
             try:
                 self._clean()
+                new = not self.directory.exists()
                 temporary.mkdir(parents=True)
+                if new:
+                    sync_directory(self.directory.parent)
             except OSError as error:
                 raise save_error(temporary, None, error, self._kept()) from error
             self._point("directory_made")
@@ -223,11 +221,7 @@ class CheckpointStore:
 
     def _kept(self) -> str:
         newest = max(self._entries(), default=None)
-        return (
-            f"Kept: {self.directory / newest.name}."
-            if newest
-            else "Kept: nothing, there was no checkpoint yet."
-        )
+        return f"Kept: {self.directory / newest.name}." if newest else "There was no checkpoint yet."
 
     def _point(self, name: str) -> None:
         """Called at every named point of a save; tests kill the process here."""
@@ -240,9 +234,7 @@ class CheckpointStore:
         be read for a reason outside of it (permissions, memory).
         """
         ranks, notes = self.ranks, []
-        entries, aside = together(ranks, self._listing if ranks.first else lambda: None, (CheckpointError,))[
-            0
-        ]
+        entries, aside = together(ranks, self._listing if ranks.first else lambda: None, (CheckpointError,))[0]
         for entry in (Entry(*entry) for entry in entries):
             read: list[Checkpoint] = []
             damage = together(ranks, lambda e=entry, r=read: self._try(e, r), (CheckpointError,))
@@ -277,7 +269,7 @@ class CheckpointStore:
             states = [manifests.read_part(path, part, manifest) for part in parts]
             for name in manifest["files"] if self.ranks.first else ():
                 if name.split(".")[0] not in parts:
-                    manifests.read_verified(path, name, manifest)
+                    manifests.verify_file(path, name, manifest)
         except Damaged as error:
             return str(error)
         shared, rank = [*states, None][:2]

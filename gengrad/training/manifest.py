@@ -7,13 +7,15 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 
-from gengrad.files import decode_json, encode_json, safe_relative, save_error, write_through
+from gengrad.files import decode_json, encode_json, safe_relative, save_error, sha256_of, write_through
 from gengrad.training.state import CheckpointError, join, split
 
 NAME = "manifest.json"
@@ -70,7 +72,8 @@ def _seal(body: dict[str, Any]) -> bytes:
 
 def read_manifest(directory: Path, step: int, repeat: int) -> dict[str, Any]:
     """The manifest of a checkpoint; raises ``Damaged``, or ``CheckpointError`` for a newer format."""
-    data = read_plain_file(directory, NAME)
+    with _plain_file(directory, NAME) as path:
+        data = path.read_bytes()
     try:
         manifest = decode_json(data, NAME)
         if not isinstance(manifest, dict) or manifest.keys() != KEYS:
@@ -86,9 +89,7 @@ def read_manifest(directory: Path, step: int, repeat: int) -> dict[str, Any]:
             "resume with the version that wrote it. Nothing was changed."
         )
     if (manifest["step"], manifest["repeat"]) != (step, repeat):
-        raise Damaged(
-            f"{NAME} is of step {manifest['step']!r}, repeat {manifest['repeat']!r}: a swapped checkpoint"
-        )
+        raise Damaged(f"{NAME} is of step {manifest['step']!r}, repeat {manifest['repeat']!r}: a swapped checkpoint")
     _check_entries(manifest)
     return manifest
 
@@ -110,13 +111,14 @@ def _check_entries(manifest: dict[str, Any]) -> None:
         raise Damaged(f"{NAME} names no shared state")
 
 
-def read_plain_file(directory: Path, name: str) -> bytes:
-    """The bytes of a file in ``directory``; raises ``Damaged``, also for a link, pipe or device."""
+@contextmanager
+def _plain_file(directory: Path, name: str) -> Iterator[Path]:
+    """The path of a file in ``directory``; raises ``Damaged``, also for a link, pipe or device."""
     path = directory / name
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise Damaged(f"{name} is not a regular file")
-        return path.read_bytes()
+        yield path
     except (OSError, MemoryError) as error:
         if getattr(error, "errno", None) in DAMAGE:
             raise Damaged(f"{name} cannot be read: {error.strerror}") from error
@@ -126,16 +128,27 @@ def read_plain_file(directory: Path, name: str) -> bytes:
         ) from error
 
 
-def read_verified(directory: Path, name: str, manifest: dict[str, Any]) -> bytes:
-    """The bytes of one file, verified: what is checked is what is used. Raises ``Damaged``."""
+def _compare(name: str, manifest: dict[str, Any], size: int, digest: Callable[[], str]) -> None:
     entry = manifest["files"].get(name)
     if entry is None:
         raise Damaged(f"{NAME} does not name {name}")
-    data = read_plain_file(directory, name)
-    if len(data) != entry["size"]:
-        raise Damaged(f"{name} has {len(data):,} bytes, the manifest says {entry['size']:,}")
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if size != entry["size"]:
+        raise Damaged(f"{name} has {size:,} bytes, the manifest says {entry['size']!r}")
+    if digest() != entry["sha256"]:
         raise Damaged(f"{name} does not have the SHA-256 of the manifest")
+
+
+def verify_file(directory: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Raise ``Damaged`` unless the file is what the manifest says; reads it in pieces."""
+    with _plain_file(directory, name) as path:
+        _compare(name, manifest, path.stat().st_size, lambda: sha256_of(path))
+
+
+def read_verified(directory: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """The bytes of one file, verified: what is checked is what is used. Raises ``Damaged``."""
+    with _plain_file(directory, name) as path:
+        data = path.read_bytes()
+    _compare(name, manifest, len(data), lambda: hashlib.sha256(data).hexdigest())
     return data
 
 
@@ -156,5 +169,5 @@ def verify(directory: Path, step: int, repeat: int) -> dict[str, Any]:
     """The manifest, once every file was read and is what it says; raises ``Damaged``."""
     manifest = read_manifest(directory, step, repeat)
     for name in manifest["files"]:
-        read_verified(directory, name, manifest)
+        verify_file(directory, name, manifest)
     return manifest

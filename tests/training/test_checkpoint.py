@@ -212,9 +212,10 @@ def test_everything_is_on_the_disk_before_the_rename_that_commits_it(tmp_path, m
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "rename", noted_rename)
-    CheckpointStore(tmp_path).save(5, {"x": torch.zeros(1)}, {"y": 1})
+    CheckpointStore(tmp_path / "run").save(5, {"x": torch.zeros(1)}, {"y": 1})
     parts = ["shared.json", "shared.safetensors", "rank_0000.json", "rank_0000.safetensors", "manifest.json"]
-    assert events == [*(f"tmp_step_00000005/{part}" for part in parts), "tmp_step_00000005", "rename", "."]
+    new = "run/tmp_step_00000005"
+    assert events == [".", *(f"{new}/{part}" for part in parts), new, "rename", "run"]
 
 
 def test_what_a_killed_save_left_is_cleaned_at_the_next_start(tmp_path):

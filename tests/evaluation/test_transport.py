@@ -268,6 +268,15 @@ def test_images_are_judged_by_their_held_out_part_and_sizes_are_recorded():
     assert black["w2"]["mean"] > 2 * result["w2"]["mean"]
 
 
+def test_finite_data_are_judged_by_different_held_out_points_and_floored_by_different_training_points():
+    digits = Digits()
+    reference = Reference(digits, n=250)
+    for points, pool in ((reference.points(0), digits.held_out), (reference.others(0), digits.points)):
+        rows = {row.numpy().tobytes() for row in points}
+        assert len(rows) == 250 and rows <= {row.numpy().tobytes() for row in pool.flatten(1)}
+    assert not torch.equal(reference.points(0), reference.points(1))
+
+
 def test_one_draw_has_no_standard_deviation():
     result = evaluate_transport(sampler_of(Gaussian()), Gaussian(), **{**SMALL, "draws": 1})
     assert result["w2"]["std"] is None and result["w2"]["floor"]["std"] is None

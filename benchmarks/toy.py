@@ -90,7 +90,8 @@ def table(results: dict) -> str:
 
 def comparison(results: dict) -> list[str]:
     """NSGF minus OT flow matching at 10 steps, paired over seeds, with the standard error of the mean difference."""
-    lines = ["| transport | SW2^2 x 1e3: NSGF - OT-FM | W2: NSGF - OT-FM | CPU ratio | verdict |", "| --- " * 5 + "|"]
+    head = "| transport | SW2^2 x 1e3: NSGF - OT-FM | W2: NSGF - OT-FM | CPU ratio | verdict |"
+    lines = [head, "| --- " * 5 + "|"]
     for transport in TRANSPORTS:
         ours, theirs = seeds_of(results, transport, "nsgf"), seeds_of(results, transport, "ot_flow_matching")
         pairs = list(zip(ours, theirs))

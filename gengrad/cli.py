@@ -37,7 +37,7 @@ def guarded(command, given) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("GENGRAD_DEBUG"):
             raise
         if not _is_users(error):
@@ -182,7 +182,8 @@ def evaluate(given) -> int:
     nfes = given.nfe or settings["nfe"]
     for nfe in nfes:
         flow.cost(nfe, given.solver)
-    chosen = {key: settings[key] if getattr(given, key) is None else getattr(given, key) for key in ("n", "draws", "seed")}
+    asked = {key: getattr(given, key) for key in ("n", "draws", "seed")}
+    chosen = {key: settings[key] if value is None else value for key, value in asked.items()}
     target = sampling.target_of(flow)
     report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
     print(sampling.write_report(report, Path(given.run), "metrics"))

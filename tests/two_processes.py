@@ -3,7 +3,6 @@
 import os
 import sys
 
-import gengrad.run
 from gengrad.cli import main
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Flow(nn.Module):
         return torch.stack(states).cpu()
 
     def cost(self, nfe: int | None = None, solver: str | None = None) -> int:
-        """Network evaluations per sample that ``sample(nfe=nfe, solver=solver)`` spends; ``ValueError`` if it cannot."""
+        """Network evaluations that ``sample(nfe=nfe, solver=solver)`` spends a sample; ``ValueError`` if it cannot."""
         with self._solved_by(solver):
             return sum(transport.cost(share) for transport, share in zip(self.transports, self.allocate(nfe)))
 

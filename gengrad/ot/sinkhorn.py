@@ -105,47 +105,30 @@ def _warm(problem: Problem, warm: SinkhornResult | None, debias: bool) -> tuple[
     return s, (h - p.x.square().sum(-1) / 2) / eps + torch.log(p.a).clamp_min(-1e4)
 
 
-def _result(problem: Problem, solution: Solution, x: Tensor, y: Tensor, backend: str) -> SinkhornResult:
-    p, r, eps = problem, solution, problem.eps[:, None]
-    f = p.x.square().sum(-1) / 2 - eps * r.log_row
-    g = eps * (r.s - torch.log(p.b).clamp_min(-1e4)) + p.y.square().sum(-1) / 2
-    gauge = ((p.a * f).sum(-1) - (p.b * g).sum(-1))[:, None] / 2
-    f, g = f - gauge, g + gauge
-    # entropy of a row with p_ij = exp(x_i . y_j / eps + s_j - log_row_i), through its own averages
-    entropy = r.log_row - (p.x * r.target).sum(-1) / eps - r.mean_s
-    neighbours = (p.a * torch.exp(entropy.clamp_min(0.0))).sum(-1)
-    velocity = r.target - (p.x if r.self_target is None else r.self_target)
-    own = None if r.self_target is None else r.self_target + p.centre
-    h = (
-        None
-        if r.s_self is None
-        else eps * (r.s_self - torch.log(p.a).clamp_min(-1e4)) + p.x.square().sum(-1) / 2
-    )
-    tensors = (
-        f, g, r.target + p.centre, velocity, r.converged, r.error, r.iterations, r.marginal_error, neighbours, p.eps,
-        own, h, r.self_mass, (p.a * f).sum(-1) + (p.b * g).sum(-1), r.self_value,
-    )  # fmt: skip
-    if p.single:
-        tensors = tuple(None if t is None else t[0] for t in tensors)
+def _result(p: Problem, r: Solution, backend: str) -> SinkhornResult:
+    """Back to the caller's coordinates and shapes, with a warning where a tolerance was missed."""
     if not bool(r.converged.all()):
-        worst = int(torch.where(r.converged, 0.0, r.error).argmax())
+        worst = int(torch.where(r.converged, 0.0, r.velocity_error).argmax())
         log.warning(
-            "sinkhorn: %d of %d problems missed the tolerance; the worst (number %d) has an estimated velocity error of "
-            "%.2g after %d iterations at epsilon %.3g. Raise max_iter or epsilon, loosen tol, or use float64.",
-            int((~r.converged).sum()), len(r.converged), worst, float(r.error[worst]), int(r.iterations[worst]), float(p.eps[worst]),
+            "sinkhorn: %d of %d problems missed the tolerance; the worst (number %d) has an estimated velocity error "
+            "of %.2g after %d iterations at epsilon %.3g. Raise max_iter or epsilon, loosen tol, or use float64.",
+            int((~r.converged).sum()), len(r.converged), worst, float(r.velocity_error[worst]),
+            int(r.iterations[worst]), float(p.eps[worst]),
         )  # fmt: skip
-    single = p.single
-    return SinkhornResult(*tensors, backend, x, y, p.b[0] if single else p.b)
+    named = dict(vars(r), epsilon=p.eps, _x=p.x, _y=p.y, _b=p.b)
+    named["target"] = r.target + p.centre
+    if r.self_target is not None:
+        named["self_target"] = r.self_target + p.centre
+    if p.single:
+        named = {k: None if t is None else t[0] for k, t in named.items()}
+    return SinkhornResult(**named, backend=backend)
 
 
 @torch.no_grad()
 def _run(x, y, epsilon, epsilon_rel, a, b, warm_start, options: Options) -> SinkhornResult:
     problem = read_problem(x, y, epsilon, epsilon_rel, a, b)
     s, s_self = _warm(problem, warm_start, options.debias)
-    solution, backend = solve(problem, options, s, s_self)
-    single = problem.single
-    x, y = (t[0] if single else t for t in (problem.x, problem.y))
-    return _result(problem, solution, x, y, backend)
+    return _result(problem, *solve(problem, options, s, s_self))
 
 
 def sinkhorn(

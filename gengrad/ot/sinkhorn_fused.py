@@ -1,4 +1,8 @@
-"""One fp32 problem on a CPU, solved through the fused kernels of `sinkhorn_numba`; mirrors `sinkhorn_solve.solve_torch`."""
+"""One fp32 problem on a CPU through the fused kernels of `sinkhorn_numba`; mirrors `sinkhorn_solve.solve_torch`.
+
+At a few hundred points the calls themselves cost more than the arithmetic, so this file speaks NumPy and plain
+numbers between few, long kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ from torch import Tensor
 from . import sinkhorn_core as core
 from . import sinkhorn_numba as fused
 from .sinkhorn_problem import Problem
-from .sinkhorn_solve import FIRST_SELF_GOAL, SELF_SHARE, Options, SelfMap, Solution, resolution, stages
+from .sinkhorn_solve import FIRST_SELF_GOAL, SELF_SHARE, Options, Solution, residual_goal, worth_a_bound
 
 F = np.float32
 EMPTY = np.empty((0, 0), F)
+NARROW = 16  # up to so many dimensions row averages are taken without a matrix product
 KEEP = 2**28  # bytes of workspace kept between calls, per thread and buffer
 _workspaces = threading.local()
 
@@ -32,113 +37,148 @@ def workspace(name: str, n: int, m: int) -> Tensor:
 
 def symmetric_product(x: Tensor, out: Tensor, blocks: int = 8) -> None:
     """The upper triangle of x x' (and some of the lower), by row blocks: 9/16 of the full product's work."""
-    n = x.shape[0]
-    size = max(128, -(-n // blocks))
-    for i in range(0, n, size):
+    size = max(128, -(-len(x) // blocks))
+    for i in range(0, len(x), size):
         torch.mm(x[i : i + size], x[i:].T, out=out[i : i + size, i:])
 
 
-class FusedSelfMap(SelfMap):
-    """`SelfMap` on the fused kernels: the symmetric scaling u with P_ij = K_ij u_i u_j, K of unit diagonal."""
+class OwnMap:
+    """The barycentric map of x onto itself, by the symmetric scaling u, P_ij = K_ij u_i u_j, K of unit diagonal."""
 
-    def reach(self, goal: Tensor) -> bool:
-        """See `SelfMap.reach`."""
-        if bool((self.error <= goal).all()):
+    def __init__(self, problem: Problem, options: Options, half: np.ndarray, eps: float, spread: float, warm):
+        self.x, self.half, self.eps, self.spread, self.options = problem.x[0], half, eps, spread, options
+        self.a, self.target = problem.a[0].numpy(), problem.x[0].numpy()
+        self.error, self.mass, self.total, self.kernel = math.inf, 1.0, 1.0, None
+        self.u = np.sqrt(self.a) if warm is None else np.exp(warm[0].numpy() + half / F(eps))
+        if self.x.shape[1] > 192 and worth_a_bound(problem, options):
+            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps)
+            if float(mass) >= options.skip_self_mass:
+                self.mass, self.error = float(mass), float(bound)
+        self.skipped = self.error < math.inf
+
+    def reach(self, goal: float) -> bool:
+        """Bring the rms error below `goal` if it is not; True when the map changed."""
+        if self.error <= goal:
             return False
-        p, x, n = self.problem, self.problem.x[0], self.problem.x.shape[1]
-        half = x.square().sum(-1) / 2
-        offset = half / p.eps[0]  # log u = s + |x|^2 / (2 eps)
+        x, n = self.x, len(self.x)
         if self.kernel is None:
-            self.kernel, dot = workspace("self", n, n), EMPTY
+            self.kernel, dot, self.xt = workspace("self", n, n), EMPTY, np.ascontiguousarray(x.numpy().T)
             if x.shape[1] > fused.DIRECT:
                 products = workspace("products", n, n)
                 symmetric_product(x, products)
                 dot = products.numpy()
-            self.xt = np.ascontiguousarray(x.numpy().T)
-            fused.self_kernel(
-                dot, x.numpy(), self.xt, half.numpy(), F(1.0) / F(p.eps[0]), self.kernel.numpy()
-            )
-        u = torch.exp(self.s[0] + offset).numpy()
-        ku, _, error, total = fused.solve_self(
-            self.kernel.numpy(), u, p.a[0].numpy(), float(self.spread), float(goal),
-            min(0.05, max(5 * self.options.tol, 1e-5)), min(self.options.max_iter, 200),
-        )  # fmt: skip
-        self.error, self.total, self.skipped = (
-            torch.full_like(p.eps, error),
-            torch.full_like(p.eps, total),
-            False,
+            fused.self_kernel(dot, x.numpy(), self.xt, self.half, F(1.0 / self.eps), self.kernel.numpy())
+        kernel = self.kernel.numpy()
+        limit = min(self.options.max_iter, 200)
+        ku, _, self.error, self.total = fused.solve_self(
+            kernel, self.u, self.a, self.spread, goal, residual_goal(self.options.tol), limit
         )
-        scaling, row = torch.from_numpy(u), torch.from_numpy(ku)
-        self.s = (torch.log(scaling).clamp_min(-1e4) - offset)[None]
-        self.mass = (p.a[0] * scaling / row).sum()[None]
-        self.target = self._target(scaling, row, x)[None]
+        self.mass, self.skipped = float((self.a * self.u / ku).sum()), False
+        self.target = self._target(kernel, ku)
         return True
 
-    def _target(self, u: Tensor, ku: Tensor, x: Tensor) -> Tensor:
-        if x.shape[1] <= 16:
-            out = np.empty(x.shape, F)
-            fused.symmetric_averages(self.kernel.numpy(), u.numpy(), ku.numpy(), self.xt, out)
-            return torch.from_numpy(out)
-        fused.mirror(self.kernel.numpy())
-        return (self.kernel @ (u[:, None] * x)) / ku[:, None]
+    def _target(self, kernel: np.ndarray, ku: np.ndarray) -> np.ndarray:
+        x = self.x.numpy()
+        out = np.empty(x.shape, F)
+        if x.shape[1] <= NARROW:
+            fused.symmetric_averages(kernel, self.u, ku, self.xt, out)
+            return out
+        fused.mirror(kernel)
+        scaled = workspace("scaled", *x.shape)
+        fused.scale_rows(x, self.u, scaled.numpy())
+        torch.mm(self.kernel, scaled, out=torch.from_numpy(out))
+        fused.divide_rows(out, ku)
+        return out
+
+    def potential(self) -> tuple[np.ndarray, float]:
+        """h, and OT(x, x) as its dual value 2 <a, h> - eps (sum P - 1)."""
+        log_a = np.log(np.maximum(self.a, F(1e-37)))
+        h = F(self.eps) * (np.log(np.maximum(self.u, F(1e-37))) - log_a)
+        return h, 2 * float(np.dot(self.a, h)) - self.eps * (self.total - 1)
+
+
+def _seen(points: np.ndarray) -> np.ndarray:
+    """The points through the probe directions of `sinkhorn_core`."""
+    omega = core.probes(points.shape[1], torch.float32, torch.device("cpu"))
+    return points if omega is None else points @ omega.numpy()
+
+
+def _rms(gap: np.ndarray, a: np.ndarray) -> float:
+    return math.sqrt(float(np.dot(a, np.einsum("ij,ij->i", gap, gap))))
 
 
 def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
     """Solve one problem (a batch of one); the arguments are those of `solve_torch`."""
-    p, o, x, y = problem, options, problem.x[0], problem.y[0]
-    n, m, eps = x.shape[0], y.shape[0], float(p.eps[0])
-    own = FusedSelfMap(p, o, s_self) if o.debias else None
+    p, o, x, y = problem, options, problem.x[0].contiguous(), problem.y[0].contiguous()
+    n, m, d, eps, cost = len(x), len(y), x.shape[1], float(p.eps[0]), float(p.mean_cost[0])
+    xn, yn, a, b = x.numpy(), y.numpy(), p.a[0].contiguous().numpy(), p.b[0].contiguous().numpy()
+    half_x, half_y, log_b, mean, var_x, var_y, plain, fast = fused.prepare(xn, yn, a, b, eps)
+    spread, rounding = math.sqrt(min(d * eps, 2 * cost)), float(torch.finfo(torch.float32).eps)
+    floor = 2 * rounding * (1 + cost / eps) * spread + rounding * math.sqrt(cost)
+    own = OwnMap(p, o, half_x, eps, spread, s_self) if o.debias else None
     if own is not None and not own.skipped:
-        own.reach(FIRST_SELF_GOAL * o.tol * torch.sqrt(p.mean_cost))
-    dot, kernel = EMPTY, workspace("kernel", n, m)
-    if x.shape[1] > fused.DIRECT:
+        own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))
+    dot, kernel, yt = EMPTY, workspace("kernel", n, m), np.ascontiguousarray(yn.T) if d <= NARROW else EMPTY
+    if d > fused.DIRECT:
         products = workspace("products", n, m)
         dot = torch.mm(x, y.T, out=products).numpy()
-    xn, yt, k, a, b = (
-        x.numpy(),
-        np.ascontiguousarray(y.numpy().T),
-        kernel.numpy(),
-        p.a[0].numpy(),
-        p.b[0].numpy(),
-    )
-    log_b = torch.log(p.b[0]).clamp_min(-1e4)
+    k, sweeps = kernel.numpy(), 0
     if s is None:
-        levels = stages(p)
-        psi = core.gaussian_start(p.x, p.y, p.a, p.b, p.eps * core.STAGE_RATIO**levels)[0]
-        fused.anneal(dot, xn, yt, psi.numpy(), log_b.numpy(), eps, a, b, np.empty((1, m), F), levels)
-        s, sweeps = psi / eps + log_b, levels
+        sweeps = max(0, math.floor(math.log(max(cost / eps, 1.0), core.STAGE_RATIO)))
+        psi = fused.gaussian_start(yn, half_y, mean, var_x, var_y, eps * core.STAGE_RATIO**sweeps)
+        fused.anneal(dot, xn, yt, psi, log_b, eps, a, b, np.empty((1, m), F), sweeps)
+        s = psi / F(eps) + log_b
     else:
-        s, sweeps = s[0].clone(), 0
-    zt, log_row = np.ascontiguousarray(core.seen(y).numpy().T), np.empty(n, F)
-    floor = float(resolution(p))
-    share = (1 - SELF_SHARE) * o.tol
-    plain, fast = (float(r) for r in core.accelerated_rate(p.x, p.y, p.eps))
+        s = s[0].numpy().copy()
+    zt, log_row, share = np.ascontiguousarray(_seen(yn).T), np.empty(n, F), (1 - SELF_SHARE) * o.tol
+    base = _seen(xn if own is None else own.target)
     while True:
-        base = core.seen(x if own is None else own.target[0]).contiguous()
         v, more, marginal, error, shot = fused.solve_pair(
-            dot, xn, yt, s.numpy(), F(1.0 / eps), a, b, zt, base.numpy(), share, 0.5 * floor,
+            dot, xn, yt, s, F(1.0 / eps), a, b, zt, base, share, 0.5 * floor,
             max(o.max_iter - sweeps, 1), plain, fast, k, log_row,
         )  # fmt: skip
         sweeps += more
-        if own is None or sweeps >= o.max_iter or own.settle(torch.from_numpy(shot)[None], error, floor):
+        if own is None or not own.reach(max(SELF_SHARE * o.tol * _rms(shot - base, a), 0.5 * floor)):
             break
-    z = torch.cat([y, s[:, None]], 1)
-    if z.shape[1] <= 16:
-        average = np.empty((n, z.shape[1]), F)
-        fused.averages(k, v, np.ascontiguousarray(z.numpy().T), average)
-        average = torch.from_numpy(average)
-    else:
-        v = torch.from_numpy(v)
-        average = kernel @ (v[:, None] * z)
-        average /= (kernel @ v)[:, None]
-    target, mean_s = average[:, :-1], average[:, -1]
-    speed = float(core.rms((target - (x if own is None else own.target[0]))[None], p.a))
-    error = error + (0.0 if own is None else float(own.error))
-    one = torch.ones_like(p.eps)
+        base = _seen(
+            own.target
+        )  # refined for a speed that turned out small, which changes the speed a little
+        if sweeps >= o.max_iter or error <= max(share * _rms(shot - base, a), 0.5 * floor):
+            break
+    target, mean_s = _averages(kernel, v, y, yt, s)
+    velocity, f, g, speed, value, neighbours = fused.finish(
+        xn, target, xn if own is None else own.target, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps
+    )
+    error += 0.0 if own is None else own.error
+    good = error <= max(o.tol * speed, floor) and math.isfinite(speed)
+    numbers = torch.tensor(
+        [
+            (error + floor) / max(speed, 1e-37),
+            marginal,
+            neighbours,
+            value,
+            *([own.mass, own.potential()[1]] if own else []),
+        ]
+    )
+    row = numbers[:, None].unbind(0)
     return Solution(
-        s[None], torch.from_numpy(log_row)[None], target[None], mean_s[None],
-        None if own is None else own.target, None if own is None else own.s, None if own is None else own.mass,
-        (one * sweeps).long(), one * marginal, one * ((error + floor) / max(speed, 1e-37)),
-        torch.tensor([error <= max(o.tol * speed, floor) and math.isfinite(error)]),
-        None if own is None else own.value(),
+        *(torch.from_numpy(t)[None] for t in (f, g, target, velocity)),
+        torch.tensor([good]), row[0], torch.tensor([sweeps]), row[1], row[2], row[3],
+        *((torch.from_numpy(own.target)[None], torch.from_numpy(own.potential()[0])[None], row[4], row[5])
+          if own else (None,) * 4),
     )  # fmt: skip
+
+
+def _averages(kernel: Tensor, v: np.ndarray, y: Tensor, yt: np.ndarray, s: np.ndarray):
+    """Barycentric map (n, d) and row averages of s under the kernel with columns scaled by v."""
+    k, d = kernel.numpy(), y.shape[1]
+    target = np.empty((k.shape[0], d), F)
+    t, mean_s = fused.row_sums(k, v, s)
+    if d <= NARROW:
+        fused.averages(k, v, yt, target)
+        return target, mean_s
+    scaled = workspace("scaled", *y.shape)
+    fused.scale_rows(y.numpy(), v, scaled.numpy())
+    torch.mm(kernel, scaled, out=torch.from_numpy(target))
+    fused.divide_rows(target, t)
+    return target, mean_s

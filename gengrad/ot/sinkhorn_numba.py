@@ -34,6 +34,16 @@ def _bits_to_float(context, bits):
 
 
 @intrinsic
+def _float_to_bits(context, value):
+    """Reinterpret a float32 as an int32."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
 def largest(context, p, q):
     """The larger of two float32, in the form whose reduction the compiler vectorises (the builtin max is 10 times slower)."""
 
@@ -60,6 +70,28 @@ def exp32(x):
     p = p * r + F(6.9314697e-1)
     p = p * r + F(1.0)
     return p * _bits_to_float(np.int32((k + np.int32(127)) << np.int32(23)))
+
+
+@_jit
+def exp_any(x):
+    """e^x for |x| <= 60."""
+    return exp32(x - F(60.0) if x > F(0.0) else x) * (F(1.1420074e26) if x > F(0.0) else F(1.0))
+
+
+@_jit
+def log32(x):
+    """log x of a positive normal float32: exponent, and 2 artanh of the mantissa; absolute error 2e-7 (1 + |log x|)."""
+    bits = _float_to_bits(x)
+    k = np.int32((bits - np.int32(0x3F3504F3)) >> np.int32(23))  # mantissa in [sqrt(1/2), sqrt(2))
+    m = _bits_to_float(np.int32(bits - np.int32(k << np.int32(23))))
+    q = (m - F(1.0)) / (m + F(1.0))
+    s = q * q
+    p = F(0.2222222)
+    p = p * s + F(0.2857143)
+    p = p * s + F(0.4)
+    p = p * s + F(0.6666667)
+    p = p * s + F(2.0)
+    return q * p + F(k) * F(0.6931472)
 
 
 @_jit
@@ -121,7 +153,9 @@ def scaled_sweep(kernel, v, a, base, c, log_row):
         w = a[i] / t
         for j in range(m):
             c[j] += kernel[i, j] * w
-        log_row[i] = base[i] + F(math.log(t))
+        log_row[i] = t
+    for i in range(n):
+        log_row[i] = base[i] + log32(log_row[i])
     for j in range(m):
         c[j] *= v[j]
 
@@ -149,12 +183,12 @@ def averages(kernel, v, zt, out):
 @_jit
 def residual(b, c, r):
     """r = log(b / c), bounded; returns its rms under b, and the marginal error."""
-    size, marginal = 0.0, 0.0
+    size, marginal = F(0.0), F(0.0)
     for j in range(b.shape[0]):
         marginal += abs(c[j] - b[j])
-        r[j] = F(0.0)
-        if b[j] > 0:
-            r[j] = min(max(F(math.log(b[j] / max(c[j], F(1e-30)))), F(-LIMIT)), F(LIMIT))
+        ratio = log32(largest(b[j], F(1e-37))) - log32(largest(c[j], F(1e-30)))
+        ratio = -largest(-largest(ratio, F(-LIMIT)), F(-LIMIT))
+        r[j] = ratio if b[j] > F(0.0) else F(0.0)
         size += b[j] * r[j] * r[j]
     return math.sqrt(size), marginal
 
@@ -261,7 +295,7 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
             fresh = True
         else:
             for j in range(m):
-                v[j] = F(math.exp(s[j] - absorbed[j]))
+                v[j] = exp_any(s[j] - absorbed[j])
             scaled_sweep(kernel, v, a, top, c, log_row)
         sweeps += 1
         size, marginal = residual(b, c, r)
@@ -346,25 +380,28 @@ def symmetric_times(kernel, u, out):
 
 @_jit
 def solve_self(kernel, u, a, spread, goal, residual_goal, max_iter):
-    """u <- u (a / (u K u))^(2/3) in place; see `sinkhorn_core.solve_self`. Returns K u, iterations, error, total mass."""
+    """u <- u (a / (u K u))^(2/3) in place; see `sinkhorn_core.solve_self`.
+
+    Returns K u, the iterations, the error, and the plan's total mass.
+    """
     n = a.shape[0]
-    ku = np.empty(n, F)
+    ku, r = np.empty(n, F), np.empty(n, F)
     k = 0
     while True:
         k += 1
         symmetric_times(kernel, u, ku)
-        size, total = 0.0, 0.0
+        size, total = F(0.0), F(0.0)
         for i in range(n):
             mass = u[i] * ku[i]
             total += mass
-            if a[i] > 0:
-                size += a[i] * math.log(a[i] / mass) ** 2
-        size = math.sqrt(size)
+            ratio = log32(largest(a[i], F(1e-37))) - log32(largest(mass, F(1e-37)))
+            r[i] = ratio if a[i] > F(0.0) else F(0.0)
+            size += a[i] * r[i] * r[i]
+        size = F(math.sqrt(size))
         if k >= max_iter or (size * spread <= goal and size <= residual_goal):
             return ku, k, size * spread, total
         for i in range(n):
-            if a[i] > 0:
-                u[i] *= F(math.exp(math.log(a[i] / (u[i] * ku[i])) * (2.0 / 3.0)))
+            u[i] *= exp_any(r[i] * F(2.0 / 3.0))
 
 
 @_jit
@@ -389,3 +426,142 @@ def mirror(kernel):
             for j in range(j0, min(j0 + tile, n)):
                 for i in range(i0, min(i0 + tile, j)):
                     kernel[j, i] = kernel[i, j]
+
+
+@_jit
+def top_variance(x, points, rounds):
+    """See `sinkhorn_core.top_variance`."""
+    n, d = x.shape
+    step = max(1, n // points)
+    count = (n + step - 1) // step
+    mean, v, w = np.zeros(d, F), np.empty(d, F), np.empty(d, F)
+    for i in range(0, n, step):
+        for k in range(d):
+            mean[k] += x[i, k] / F(count)
+    for k in range(d):
+        v[k] = x[0, k] - mean[k]
+    variance = F(0.0)
+    for _ in range(rounds + 1):
+        norm, variance, shift = F(0.0), F(0.0), F(0.0)
+        for k in range(d):
+            norm += v[k] * v[k]
+        norm = F(1.0) / F(math.sqrt(norm + F(1e-37)))
+        for k in range(d):
+            v[k] *= norm
+            w[k] = F(0.0)
+            shift += v[k] * mean[k]
+        for i in range(0, n, step):
+            t = F(0.0)
+            for k in range(d):
+                t += x[i, k] * v[k]
+            t -= shift
+            variance += t * t / F(count)
+            for k in range(d):
+                w[k] += t * x[i, k]
+        v, w = w, v
+    return variance
+
+
+@_jit
+def prepare(x, y, a, b, eps):
+    """What a cold start needs, for centred clouds (mean of y zero): half squared norms, moments, rates."""
+    n, m, d = x.shape[0], y.shape[0], x.shape[1]
+    half_x, half_y, log_b, mean = np.empty(n, F), np.empty(m, F), np.empty(m, F), np.zeros(d, F)
+    second_x, second_y = 0.0, 0.0
+    for i in range(n):
+        square = F(0.0)
+        for k in range(d):
+            square += x[i, k] * x[i, k]
+            mean[k] += a[i] * x[i, k]
+        half_x[i] = F(0.5) * square
+        second_x += a[i] * square
+    for j in range(m):
+        square = F(0.0)
+        for k in range(d):
+            square += y[j, k] * y[j, k]
+        half_y[j] = F(0.5) * square
+        second_y += b[j] * square
+        log_b[j] = F(math.log(b[j])) if b[j] > 0 else F(-1e4)
+    offset = 0.0
+    for k in range(d):
+        offset += mean[k] * mean[k]
+    var_x, var_y = max((second_x - offset) / d, 1e-37), max(second_y / d, 1e-37)
+    slow = eps / (2 * math.sqrt(max(top_variance(x, 256, 3) * top_variance(y, 256, 3), 1e-37)))
+    plain = 1 / (math.sqrt(1 + slow * slow) + slow) ** 2
+    root = math.sqrt(1 - plain)
+    return half_x, half_y, log_b, mean, var_x, var_y, plain, (1 - root) / (1 + root)
+
+
+@_jit
+def gaussian_start(y, half_y, mean, var_x, var_y, eps):
+    """See `sinkhorn_core.gaussian_start`; the mean of y is zero here."""
+    q = var_x * var_y / (math.sqrt(var_x * var_y + eps * eps / 4) + eps / 2)
+    slope = F(min(max(var_x / max(q, 1e-37) - eps / var_y, 0.0), 1e6))
+    psi = np.empty(half_y.shape[0], F)
+    for j in range(half_y.shape[0]):
+        inner = F(0.0)
+        for k in range(mean.shape[0]):
+            inner += y[j, k] * mean[k]
+        psi[j] = -inner - slope * half_y[j]
+    return psi
+
+
+@_jit
+def scale_rows(z, v, out):
+    """out_j = v_j z_j."""
+    for j in range(z.shape[0]):
+        for k in range(z.shape[1]):
+            out[j, k] = v[j] * z[j, k]
+
+
+@_jit
+def divide_rows(z, w):
+    """z_i <- z_i / w_i."""
+    for i in range(z.shape[0]):
+        f = F(1.0) / w[i]
+        for k in range(z.shape[1]):
+            z[i, k] *= f
+
+
+@_jit
+def row_sums(kernel, v, s):
+    """t_i = sum_j K_ij v_j, and the row averages of s."""
+    n, m = kernel.shape
+    t, mean = np.empty(n, F), np.empty(n, F)
+    for i in range(n):
+        total, other = F(0.0), F(0.0)
+        for j in range(m):
+            w = kernel[i, j] * v[j]
+            total += w
+            other += w * s[j]
+        t[i] = total
+        mean[i] = other / total
+    return t, mean
+
+
+@_jit
+def finish(x, target, base, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps):
+    """Velocity, its rms, the potentials in their gauge, the value and the effective neighbours (see `sinkhorn_solve`)."""
+    n, m, d = x.shape[0], s.shape[0], x.shape[1]
+    velocity, f, g = np.empty((n, d), F), np.empty(n, F), np.empty(m, F)
+    speed, neighbours, sum_f, sum_g = 0.0, 0.0, 0.0, 0.0
+    for i in range(n):
+        square, inner = F(0.0), F(0.0)
+        for k in range(d):
+            w = target[i, k] - base[i, k]
+            velocity[i, k] = w
+            square += w * w
+            inner += x[i, k] * target[i, k]
+        speed += a[i] * square
+        neighbours += a[i] * math.exp(max(log_row[i] - inner / eps - mean_s[i], 0.0))
+        f[i] = half_x[i] - eps * log_row[i]
+        sum_f += a[i] * f[i]
+    for j in range(m):
+        g[j] = eps * (s[j] - log_b[j]) + half_y[j]
+        sum_g += b[j] * g[j]
+    gauge = F((sum_f - sum_g) / 2)
+    for i in range(n):
+        f[i] -= gauge
+    for j in range(m):
+        g[j] += gauge
+    return velocity, f, g, math.sqrt(speed), sum_f + sum_g, neighbours

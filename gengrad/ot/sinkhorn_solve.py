@@ -31,20 +31,22 @@ class Options:
 
 @dataclass
 class Solution:
-    """Raw answers for a batch, in centred coordinates; `self_*` are None without debiasing."""
+    """Answers for a batch, in centred coordinates, named as in `SinkhornResult`; the last four need debiasing."""
 
-    s: Tensor  # (B, m) column state, log b included
-    log_row: Tensor  # (B, n)
-    target: Tensor  # (B, n, d)
-    mean_s: Tensor  # (B, n) row averages of s, for the entropy of the rows
-    self_target: Tensor | None
-    s_self: Tensor | None  # (B, n)
-    self_mass: Tensor | None  # (B,)
+    f: Tensor
+    g: Tensor
+    target: Tensor
+    velocity: Tensor
+    converged: Tensor
+    velocity_error: Tensor
     iterations: Tensor
     marginal_error: Tensor
-    error: Tensor  # (B,) estimated relative error of the velocity
-    converged: Tensor
-    self_value: Tensor | None = None  # (B,) OT_eps(x, x)
+    effective_neighbours: Tensor
+    value: Tensor
+    self_target: Tensor | None = None
+    self_potential: Tensor | None = None
+    self_mass: Tensor | None = None
+    self_value: Tensor | None = None
 
 
 def stack(parts: list[Solution]) -> Solution:
@@ -79,6 +81,22 @@ def resolution(problem: Problem) -> Tensor:
     )
 
 
+def residual_goal(tol: float) -> float:
+    """Rms error of the self potential, in units of epsilon, whatever the velocity asks: the value needs it."""
+    return min(0.05, max(5 * tol, 1e-5))
+
+
+def worth_a_bound(problem: Problem, options: Options) -> bool:
+    """Whether `skip_bound` may succeed: many dimensions, and kernels that fall off well within the cloud."""
+    x, a = problem.x, problem.a
+    if options.skip_self_mass > 1 or x.shape[-1] <= 2 * 96:
+        return False
+    mean = (a[..., None] * x).sum(1, keepdim=True)
+    variance = (a * (x - mean).square().sum(-1)).sum(1)
+    far = float((variance / problem.eps).min())  # mean of |x_i - x_j|^2 / (2 eps)
+    return far > 3 * math.log(x.shape[1] + 1)
+
+
 class SelfMap:
     """The barycentric map of x onto itself: skipped where provably the identity, otherwise solved, and refined."""
 
@@ -92,20 +110,11 @@ class SelfMap:
             torch.ones_like(problem.eps),
         )
         self.error = torch.full_like(problem.eps, math.inf)
-        if self._worth_a_bound():
+        if worth_a_bound(problem, options):
             mass, bound = core.skip_bound(problem.x, problem.a, problem.eps)
             if bool((mass >= options.skip_self_mass).all()):
                 self.mass, self.error = mass, bound
         self.skipped = bool(torch.isfinite(self.error).all())
-
-    def _worth_a_bound(self) -> bool:
-        x, a = self.problem.x, self.problem.a
-        mean = (a[..., None] * x).sum(1, keepdim=True)
-        variance = (a * (x - mean).square().sum(-1)).sum(1)
-        far = float((variance / self.problem.eps).min())  # mean of |x_i - x_j|^2 / (2 eps)
-        return (
-            self.options.skip_self_mass <= 1 and x.shape[-1] > 2 * 96 and far > 3 * math.log(x.shape[1] + 1)
-        )
 
     def reach(self, goal: Tensor) -> bool:
         """Bring the rms error below `goal` (B,) if it is not; True when the map changed."""
@@ -121,7 +130,7 @@ class SelfMap:
             p.eps,
             self.spread,
             goal,
-            min(0.05, max(5 * o.tol, 1e-5)),
+            residual_goal(o.tol),
             min(o.max_iter, 200),
         )
         self.s, self.error, self.skipped = solved.s, solved.error, False
@@ -145,9 +154,12 @@ class SelfMap:
 
     def value(self) -> Tensor:
         """OT_eps(x, x) as its dual value 2 <a, h> - eps (sum P - 1), which errs in the second order; shape (B,)."""
+        return 2 * (self.problem.a * self.potential()).sum(-1) - self.problem.eps * (self.total - 1)
+
+    def potential(self) -> Tensor:
+        """h (B, n), with P_ij = a_i a_j exp((h_i + h_j - |x_i - x_j|^2 / 2) / eps)."""
         p = self.problem
-        h = p.eps[:, None] * (self.s - torch.log(p.a).clamp_min(-1e4)) + p.x.square().sum(-1) / 2
-        return 2 * (p.a * h).sum(-1) - p.eps * (self.total - 1)
+        return p.eps[:, None] * (self.s - torch.log(p.a).clamp_min(-1e4)) + p.x.square().sum(-1) / 2
 
 
 def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
@@ -172,18 +184,36 @@ def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Te
         sweeps, levels, psi = sweeps + pair.iterations, 0, (pair.s - log_b) * p.eps[:, None]
         if own is None or sweeps >= o.max_iter or own.settle(pair.shot, pair.error, floor):
             break
+    return finish(p, o, kernel, pair, own, sweeps, floor)
+
+
+def finish(
+    p: Problem, o: Options, kernel, pair: core.PairSolution, own: SelfMap | None, sweeps: int, floor
+) -> Solution:
+    """Potentials, maps and diagnosis from the solver's state.
+
+    A row's entropy comes from its own averages: with p_j = exp(x . y_j / eps + s_j - log_row), -sum p log p is
+    log_row - x . target / eps - sum p s.
+    """
+    eps = p.eps[:, None]
     average = kernel.average(pair.s, torch.cat([p.y, pair.s[..., None]], -1))
     target, mean_s = average[..., :-1], average[..., -1]
-    speed = core.rms(target - (p.x if own is None else own.target), p.a)
-    error = pair.error + (0 if own is None else own.error)
-    good = error <= torch.maximum(o.tol * speed, floor)
-    relative = (error + floor) / speed.clamp_min(torch.finfo(speed.dtype).tiny)
-    return Solution(
-        pair.s, pair.log_row, target, mean_s,
-        None if own is None else own.target, None if own is None else own.s, None if own is None else own.mass,
-        torch.full_like(p.eps, sweeps).long(), pair.marginal_error, relative, good,
-        None if own is None else own.value(),
+    velocity = target - (p.x if own is None else own.target)
+    speed, error = core.rms(velocity, p.a), pair.error + (0 if own is None else own.error)
+    f = p.x.square().sum(-1) / 2 - eps * pair.log_row
+    g = eps * (pair.s - torch.log(p.b).clamp_min(-1e4)) + p.y.square().sum(-1) / 2
+    sum_f, sum_g = (p.a * f).sum(-1), (p.b * g).sum(-1)
+    gauge = (sum_f - sum_g)[:, None] / 2
+    entropy = pair.log_row - (p.x * target).sum(-1) / eps - mean_s
+    solution = Solution(
+        f - gauge, g + gauge, target, velocity, error <= torch.maximum(o.tol * speed, floor),
+        (error + floor) / speed.clamp_min(torch.finfo(speed.dtype).tiny), torch.full_like(p.eps, sweeps).long(),
+        pair.marginal_error, (p.a * torch.exp(entropy.clamp_min(0.0))).sum(-1), sum_f + sum_g,
     )  # fmt: skip
+    if own is not None:
+        solution.self_target, solution.self_mass = own.target, own.mass
+        solution.self_potential, solution.self_value = own.potential(), own.value()
+    return solution
 
 
 def choose_backend(problem: Problem, options: Options) -> str:

@@ -122,8 +122,9 @@ def _take_weights(network: torch.nn.Module, networks: list, number: int, config:
 def _check(config: RunConfig, target: Distribution, world: int) -> None:
     """Refuses what the schema cannot see: sizes against the data and the number of processes."""
     sizes = {"train.batch_size": config.train.batch_size}
-    if "ot_batch" in config.method:
-        sizes["method.ot_batch"] = config.method["ot_batch"]
+    for key in ("ot_batch", "target_batch"):
+        if config.method.get(key) is not None:
+            sizes[f"method.{key}"] = config.method[key]
     problems = []
     for key, size in sizes.items():
         if len(target) and size > len(target):

@@ -52,14 +52,16 @@ class SinkhornDivergence(Functional):
 
 def sinkhorn_log(result) -> dict[str, float]:
     """The diagnosis of a Sinkhorn solve as plain numbers, under the names that the metrics use."""
-    return {
+    log = {
         "epsilon": float(torch.as_tensor(result.epsilon).mean()),
         "iterations": float(torch.as_tensor(result.iterations, dtype=torch.float).mean()),
         "marginal_error": float(torch.as_tensor(result.marginal_error).max()),
         "effective_neighbours": float(torch.as_tensor(result.effective_neighbours).mean()),
-        "self_mass": float(torch.as_tensor(result.self_mass).mean()),
         "converged": float(torch.as_tensor(result.converged).all()),
     }
+    if result.self_mass is not None:  # there is a self problem only where the velocity is debiased
+        log["self_mass"] = float(torch.as_tensor(result.self_mass).mean())
+    return log
 
 
 @FUNCTIONALS.register("energy_distance")

@@ -35,13 +35,14 @@ class NSGF(Method):
         # source, straight from there, flow_steps times cheaper
         pool: Literal["euler", "geodesic"] = "euler"
         flow_steps: int = Field(5, ge=1)
-        # mean: the barycentric velocity of the theory; sample: towards a point drawn from the plan's row, which never
-        # lies between two modes
+        # mean: the debiased barycentric velocity of the theory; sample: towards a target point drawn from the plan's
+        # row. Drawn targets never lie between two modes and have the target's law exactly, so they need no self term
         target: Literal["mean", "sample"] = "mean"
         epsilon: float | None = Field(None, gt=0)  # absolute, in units of |x - y|^2 / 2; overrides epsilon_rel
         epsilon_rel: float = Field(0.05, gt=0)  # in units of the mean cost of the batch pair
         tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
-        ot_batch: int = Field(1024, ge=2)  # points of source and target in each Sinkhorn problem
+        ot_batch: int = Field(1024, ge=2)  # source points in each Sinkhorn problem
+        target_batch: int | None = Field(None, ge=2)  # target points in it; none: as many
         uses: int = Field(2, ge=1)  # how often each path is trained on before it leaves the pool
         pool_batches: int = Field(1, ge=1)  # OT batches that the pool mixes
         pool_memory_mb: int = Field(1024, ge=1)
@@ -111,28 +112,33 @@ class SinkhornStage(Stage):
         global: every process solves the whole problem and gets the same paths, without communication;
         rows: its own source points against all targets; local: its own against its own.
         """
-        c, device = self.config, self.problem.device
-        first, last = number * c.ot_batch, (number + 1) * c.ot_batch
-        own = slice(first, last)
-        if c.ot_scope != "global":
-            mine = Part(0, c.ot_batch, part.rank, part.world).rows()
-            own = slice(first + mine.start, first + mine.stop)
-        x = self.source.take(own.start, own.stop).to(device)
-        seen = own if c.ot_scope == "local" else slice(first, last)
-        y = self.target.take(seen.start, seen.stop).to(device)
-        generator = generator_for(self.problem.seed, "train/plan", number, part.rank if c.ot_scope != "global" else 0)
-        return self._flow(x, y, generator)
+        c = self.config
+        rank, world = (0, 1) if c.ot_scope == "global" else (part.rank, part.world)
+        x = self._take(self.source, number, c.ot_batch, rank, world)
+        alone = c.ot_scope == "local"
+        y = self._take(self.target, number, c.target_batch or c.ot_batch, rank if alone else 0, world if alone else 1)
+        return self._flow(x, y, generator_for(self.problem.seed, "train/plan", number, rank))
+
+    def _take(self, stream: Stream, number: int, size: int, rank: int, world: int) -> Tensor:
+        """A process's share of batch ``number`` of a stream cut into batches of ``size``."""
+        rows = Part(0, size, rank, world).rows()
+        return stream.take(number * size + rows.start, number * size + rows.stop).to(self.problem.device)
 
     def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock."""
         c, shape, y = self.config, x.shape, y.flatten(1)
         x, states, solved = x.flatten(1), [x], None
         for eta in geodesic_taus(self.times.tolist()):
-            solved = sinkhorn_velocity(x, y, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol, warm_start=solved)
-            v = solved.velocity
-            if c.target == "sample":
-                # the same velocity on average: the plan's mean target gives way to one drawn from its row
-                v = v + y[solved.sample_targets(generator)] - solved.target
+            solved = sinkhorn_velocity(
+                x,
+                y,
+                epsilon=c.epsilon,
+                epsilon_rel=c.epsilon_rel,
+                tol=c.tol,
+                warm_start=solved,
+                debias=c.target == "mean",
+            )
+            v = solved.velocity if c.target == "mean" else y[solved.sample_targets(generator)] - x
             x = x + eta * v
             states.append(x)
         self._logs = sinkhorn_log(solved)

@@ -37,7 +37,7 @@ class TrainSettings(Settings):
     """The ``train:`` section of a config. ``lr`` and ``warmup`` count optimiser steps, ``batch_size`` is global."""
 
     steps: int = Field(10_000, ge=1)
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=2)
     lr: float = Field(1e-3, gt=0)
     lr_decay: Literal["cosine", "constant"] = "cosine"
     warmup: int = Field(0, ge=0)

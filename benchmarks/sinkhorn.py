@@ -42,7 +42,9 @@ import gengrad.ot as ot  # noqa: E402
 CAP = 60.0  # seconds per evaluation; a peer beyond it counts as the cap
 DIMENSIONS, SIZES, STRENGTHS, ERRORS = (2, 64, 784, 3072), (256, 1024, 4096), (0.05, 0.5), (0.05, 0.01)
 FLOWS = [(256, d, f) for d in (2, 64, 784) for f in STRENGTHS] + [(1024, 2, 0.05), (1024, 64, 0.05)]
-BATCHES = [(256, d, f) for d in DIMENSIONS for f in STRENGTHS] + [(1024, d, f) for d in (2, 64) for f in STRENGTHS]
+BATCHES = [(256, d, f) for d in DIMENSIONS for f in STRENGTHS] + [
+    (1024, d, f) for d in (2, 64) for f in STRENGTHS
+]
 BATCH, STEPS, STEP = 16, 20, 0.2
 
 
@@ -54,9 +56,19 @@ def clouds(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     if d == 2:
-        angle, half = torch.rand(n, generator=g, dtype=torch.float64) * math.pi, torch.rand(n, generator=g) < 0.5
+        angle, half = (
+            torch.rand(n, generator=g, dtype=torch.float64) * math.pi,
+            torch.rand(n, generator=g) < 0.5,
+        )
         first = torch.where(half, angle.cos(), 1 - angle.cos())
-        x = 3 * (torch.stack([first, torch.where(half, angle.sin(), 0.5 - angle.sin())], 1) + 0.05 * normal(n, 2)) - 1
+        x = (
+            3
+            * (
+                torch.stack([first, torch.where(half, angle.sin(), 0.5 - angle.sin())], 1)
+                + 0.05 * normal(n, 2)
+            )
+            - 1
+        )
         mode = torch.randint(8, (n,), generator=g) * (math.pi / 4)
         return x, 5 * torch.stack([mode.cos(), mode.sin()], 1).double() + 0.3 * normal(n, 2)
     x = normal(n, d)
@@ -90,7 +102,9 @@ def cached(name: str, make):
 def reference(x, y, epsilon, warm=None):
     """The float64 velocity, and the result to go on from."""
     for tol in (1e-5, 1e-6, 1e-7):
-        r = ot.sinkhorn_velocity(x, y, epsilon=epsilon, tol=tol, max_iter=4000, warm_start=warm, skip_self_mass=2.0)
+        r = ot.sinkhorn_velocity(
+            x, y, epsilon=epsilon, tol=tol, max_iter=4000, warm_start=warm, skip_self_mass=2.0
+        )
         warm = r
         if float(r.marginal_error) <= 1e-6:
             return r.velocity, r
@@ -200,7 +214,15 @@ def run_cell(kind, n, d, f, target, solvers, known):
         variants = None
         if before and not isinstance(solver, Ours):
             variants = [(v, s) for v, s in solver.variants(f) if v == before[1]]
-        best = search(solver, problem, f, target, CAP * (STEPS / 4 if kind == "flow" else 1), variants, before and before[1:3])
+        best = search(
+            solver,
+            problem,
+            f,
+            target,
+            CAP * (STEPS / 4 if kind == "flow" else 1),
+            variants,
+            before and before[1:3],
+        )
         if best is None:
             row[name] = {"ms": None, "capped": "no setting reached the error within the cap"}
         else:
@@ -234,7 +256,10 @@ def run_batch(n, d, f, target, solvers, known):
 
 def machine() -> dict:
     """What the numbers depend on."""
-    model = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
+    model = next(
+        (l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")),
+        platform.processor(),
+    )
     return {"cpu": model, "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
 
 
@@ -258,26 +283,49 @@ def plan(quick: bool):
 def table(cells: dict, names: list[str]) -> str:
     """Markdown: one line per cell, then the geometric means of fastest peer / gengrad."""
     peers = [n for n in names if not n.startswith("gengrad")]
-    lines = [f"| kind | n | d | f | error | {' | '.join(names)} | fastest peer / gengrad |", "|" + " --- |" * (len(names) + 6)]
+    lines = [
+        f"| kind | n | d | f | error | {' | '.join(names)} | fastest peer / gengrad |",
+        "|" + " --- |" * (len(names) + 6),
+    ]
     ratios = []
     for key, row in cells.items():
         kind, n, d, f, e = key.split()
         ms = {k: v["ms"] for k, v in row.items()}
-        shown = ["" if k not in row else "not reached" if ms[k] is None else f"{'> ' if 'capped' in row[k] else ''}{ms[k]:.3g}" for k in names]
+        shown = [
+            ""
+            if k not in row
+            else "not reached"
+            if ms[k] is None
+            else f"{'> ' if 'capped' in row[k] else ''}{ms[k]:.3g}"
+            for k in names
+        ]
         fastest = min((ms[k] for k in peers if ms.get(k)), default=None)
         ratio = fastest / ms["gengrad"] if fastest and ms.get("gengrad") else None
         geom = ms.get("geomloss") or (CAP * 1e3 if "geomloss" in row else None)
-        ratios.append((kind, int(d), float(f), ratio, geom / ms["gengrad"] if geom and ms.get("gengrad") else None))
-        lines.append(f"| {kind} | {n} | {d} | {f} | {float(e):.0%} | {' | '.join(shown)} | {'' if ratio is None else f'{ratio:.2f}'} |")
+        ratios.append(
+            (kind, int(d), float(f), ratio, geom / ms["gengrad"] if geom and ms.get("gengrad") else None)
+        )
+        lines.append(
+            f"| {kind} | {n} | {d} | {f} | {float(e):.0%} | {' | '.join(shown)} | {'' if ratio is None else f'{ratio:.2f}'} |"
+        )
 
     def mean(values):
         values = [v for v in values if v]
-        return f"{statistics.geometric_mean(values):.2f} (least {min(values):.2f}, {len(values)} cells)" if values else "none"
+        return (
+            f"{statistics.geometric_mean(values):.2f} (least {min(values):.2f}, {len(values)} cells)"
+            if values
+            else "none"
+        )
 
     lines += ["", f"Geometric mean of fastest peer / gengrad, all cells: {mean([r[3] for r in ratios])}"]
-    lines += [f"- d <= 64: {mean([r[3] for r in ratios if r[1] <= 64])}", f"- d >= 784: {mean([r[3] for r in ratios if r[1] > 64])}"]
+    lines += [
+        f"- d <= 64: {mean([r[3] for r in ratios if r[1] <= 64])}",
+        f"- d >= 784: {mean([r[3] for r in ratios if r[1] > 64])}",
+    ]
     lines += [f"- {k}: {mean([r[3] for r in ratios if r[0] == k])}" for k in ("single", "batch", "flow")]
-    lines += [f"- geomloss / gengrad at f = 0.05, d <= 64: {mean([r[4] for r in ratios if r[1] <= 64 and r[2] == 0.05])}"]
+    lines += [
+        f"- geomloss / gengrad at f = 0.05, d <= 64: {mean([r[4] for r in ratios if r[1] <= 64 and r[2] == 0.05])}"
+    ]
     return "\n".join(lines)
 
 
@@ -292,7 +340,12 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     peers, versions, missing = available()
-    solvers = {"gengrad": Ours("auto"), "gengrad torch": Ours("torch"), "gengrad bf16": Ours("torch", "bf16"), **peers}
+    solvers = {
+        "gengrad": Ours("auto"),
+        "gengrad torch": Ours("torch"),
+        "gengrad bf16": Ours("torch", "bf16"),
+        **peers,
+    }
     state = {"machine": machine() | versions, "missing": missing, "cells": {}, "known": []}
     if args.output.exists():
         old = json.loads(args.output.read_text())
@@ -303,15 +356,26 @@ def main() -> None:
         key = f"{kind} {n} {d} {f} {target}"
         if key in state["cells"]:
             continue
-        cell = run_batch(n, d, f, target, solvers, known) if kind == "batch" else run_cell(kind, n, d, f, target, solvers, known)
+        cell = (
+            run_batch(n, d, f, target, solvers, known)
+            if kind == "batch"
+            else run_cell(kind, n, d, f, target, solvers, known)
+        )
         state["cells"][key], state["known"] = cell, [[list(k), list(v)] for k, v in known.items()]
         state["date"], state["gemm_gflops"] = time.strftime("%Y-%m-%d"), round(gemm_rate(), 1)
         args.output.parent.mkdir(exist_ok=True)
         args.output.write_text(json.dumps(state, indent=1))
         print(key, {k: v["ms"] and round(v["ms"], 2) for k, v in cell.items()}, flush=True)
-    names = ["gengrad", "gengrad torch", "gengrad bf16", *peers] if not args.table else list({k for c in state["cells"].values() for k in c})
+    names = (
+        ["gengrad", "gengrad torch", "gengrad bf16", *peers]
+        if not args.table
+        else list({k for c in state["cells"].values() for k in c})
+    )
     names.sort(key=lambda k: (not k.startswith("gengrad"), k))
-    print(f"\nMachine: {state['machine']}; fp32 products {state.get('gemm_gflops')} GFLOP/s; {state.get('date')}. ", end="")
+    print(
+        f"\nMachine: {state['machine']}; fp32 products {state.get('gemm_gflops')} GFLOP/s; {state.get('date')}. ",
+        end="",
+    )
     print(f"Missing peers: {', '.join(state['missing']) or 'none'}.\nMilliseconds:\n")
     print(table(state["cells"], names))
 

@@ -28,11 +28,16 @@ class Geomloss:
 
     def variants(self, f):
         return [
-            ("scaling", [0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005])  # one minus geomloss's scaling
+            (
+                "scaling",
+                [0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005],
+            )  # one minus geomloss's scaling
         ]
 
     def velocity(self, x, y, epsilon, variant, setting, warm=None):
-        loss = self.loss("sinkhorn", p=2, blur=epsilon**0.5, scaling=1 - setting, debias=False, backend="tensorized")
+        loss = self.loss(
+            "sinkhorn", p=2, blur=epsilon**0.5, scaling=1 - setting, debias=False, backend="tensorized"
+        )
         x = x.detach().requires_grad_()
         total = (loss(x, x.detach()) - loss(x, y)).sum()
         return torch.autograd.grad(total, x)[0] * x.shape[-2], None
@@ -50,19 +55,41 @@ class Pot:
 
     def variants(self, f):
         plain = [("plain fp32", THRESHOLDS)] if f >= 0.5 else []
-        return [*plain, ("plain fp64", THRESHOLDS), ("log fp32", THRESHOLDS[:9]), ("stabilized fp64", THRESHOLDS[:9])]
+        return [
+            *plain,
+            ("plain fp64", THRESHOLDS),
+            ("log fp32", THRESHOLDS[:9]),
+            ("stabilized fp64", THRESHOLDS[:9]),
+        ]
 
     def _map(self, x, y, reg, variant, threshold, warm):
         kind = np.float32 if "fp32" in variant else np.float64
         x, y = x.astype(kind), y.astype(kind)
         cost = self.ot.dist(x, y)
         a, b = np.full(len(x), 1 / len(x), kind), np.full(len(y), 1 / len(y), kind)
-        method = {"plain": "sinkhorn", "log": "sinkhorn_log", "stabilized": "sinkhorn_stabilized"}[variant.split()[0]]
+        method = {"plain": "sinkhorn", "log": "sinkhorn_log", "stabilized": "sinkhorn_stabilized"}[
+            variant.split()[0]
+        ]
         plan, log = self.ot.sinkhorn(
-            a, b, cost, reg, method=method, numItermax=20000, stopThr=threshold, warn=False, log=True, warmstart=warm
+            a,
+            b,
+            cost,
+            reg,
+            method=method,
+            numItermax=20000,
+            stopThr=threshold,
+            warn=False,
+            log=True,
+            warmstart=warm,
         )
         rows = plan.sum(1, keepdims=True)
-        keep = (log["log_u"], log["log_v"]) if "log_u" in log else (np.log(log["u"]), np.log(log["v"])) if "u" in log else None
+        keep = (
+            (log["log_u"], log["log_v"])
+            if "log_u" in log
+            else (np.log(log["u"]), np.log(log["v"]))
+            if "u" in log
+            else None
+        )
         return plan @ y / rows, keep
 
     def velocity(self, x, y, epsilon, variant, setting, warm=None):
@@ -93,18 +120,30 @@ class Ott:
         from ott.solvers.linear import acceleration, sinkhorn
 
         self.jax, self.jnp = jax, jax.numpy
-        self.epsilon, self.geometry, self.problem = epsilon_scheduler.Epsilon, geometry.Geometry, linear_problem.LinearProblem
+        self.epsilon, self.geometry, self.problem = (
+            epsilon_scheduler.Epsilon,
+            geometry.Geometry,
+            linear_problem.LinearProblem,
+        )
         self.acceleration, self.sinkhorn = acceleration, sinkhorn.Sinkhorn
         self.jitted = {}
 
     def variants(self, f):
-        names = ["lse", "lse often", "kernel"] if f >= 0.5 else ["lse", "lse 0.5", "lse 0.8", "lse 0.95", "lse 0.5 momentum", "lse anderson"]
+        names = (
+            ["lse", "lse often", "kernel"]
+            if f >= 0.5
+            else ["lse", "lse 0.5", "lse 0.8", "lse 0.95", "lse 0.5 momentum", "lse anderson"]
+        )
         return [(name, THRESHOLDS) for name in names]
 
     def _function(self, variant):
         jnp, acc = self.jnp, self.acceleration
         decay = next((float(w) for w in variant.split() if w.startswith("0.")), None)
-        extra = {"max_iterations": 20000, "inner_iterations": 2 if "often" in variant else 10, "lse_mode": "kernel" not in variant}
+        extra = {
+            "max_iterations": 20000,
+            "inner_iterations": 2 if "often" in variant else 10,
+            "lse_mode": "kernel" not in variant,
+        }
         if "momentum" in variant:
             extra["momentum"] = acc.Momentum(start=60, value=1.5)
         if "anderson" in variant:
@@ -133,7 +172,9 @@ class Ott:
 
     def velocity(self, x, y, epsilon, variant, setting, warm=None):
         if warm is not None and "0." in variant:
-            variant = " ".join(w for w in variant.split() if not w.startswith("0."))  # no annealing from a warm start
+            variant = " ".join(
+                w for w in variant.split() if not w.startswith("0.")
+            )  # no annealing from a warm start
         f = self.jitted.setdefault(variant, self.jax.jit(self._function(variant)))
         if "kernel" in variant:
             warm = None  # its scalings, not potentials, would be needed
@@ -143,15 +184,23 @@ class Ott:
 
     def batch(self, x, y, epsilon, variant, setting):
         function = self._function(variant)
-        make = lambda: self.jax.jit(self.jax.vmap(lambda p, q, e, t: function(p, q, e, t, None)[0], (0, 0, None, None)))  # noqa: E731
+        make = lambda: self.jax.jit(
+            self.jax.vmap(lambda p, q, e, t: function(p, q, e, t, None)[0], (0, 0, None, None))
+        )  # noqa: E731
         f = self.jitted.setdefault(variant + " batch", make())
-        return f(self.jnp.asarray(x.numpy()), self.jnp.asarray(y.numpy()), epsilon, setting).block_until_ready()
+        return f(
+            self.jnp.asarray(x.numpy()), self.jnp.asarray(y.numpy()), epsilon, setting
+        ).block_until_ready()
 
 
 def available() -> tuple[dict, dict, list[str]]:
     """The installed peers by name, their versions, and the names of the missing ones."""
     peers, versions, missing = {}, {}, []
-    for name, module, make in (("geomloss", "geomloss", Geomloss), ("POT", "ot", Pot), ("ott-jax", "ott", Ott)):
+    for name, module, make in (
+        ("geomloss", "geomloss", Geomloss),
+        ("POT", "ot", Pot),
+        ("ott-jax", "ott", Ott),
+    ):
         try:
             versions[name] = importlib.import_module(module).__version__
             peers[name] = make()

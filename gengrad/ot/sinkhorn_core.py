@@ -27,6 +27,8 @@ SMALLEST = (
     -60.0
 )  # logarithm of the least kernel entry beside its row's largest: denormals would slow every product
 LIMIT = 40.0  # largest move of one entry of s in one iteration (starved columns)
+NEWTON_AFTER, NEWTON_SIZE = 50, 4096  # fp64: Newton steps after so many sweeps, up to so many targets
+PATIENCE = 40  # checks without progress after which a solve gives up
 PROBES = 4  # directions through which the velocity is watched in high dimension
 
 
@@ -87,6 +89,15 @@ class DenseKernel:
         else:
             total = torch.mm(self.k[0], z[0])[None] if len(z) == 1 else torch.bmm(self.k, z)
         return total[..., :-1] / total[..., -1:]
+
+    def newton(self, s: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """The Newton step on the semi-dual: (diag c - P' diag(1/a) P) step = b - c, gauge fixed; O(m^2 (n + m))."""
+        v = self._scaling(s)
+        p = self.k * v[:, None, :]
+        p *= (torch.sqrt(a) / p.sum(-1))[..., None]
+        hessian = torch.diag_embed(c) - p.mT @ p + c[:, :, None] * c[:, None, :]
+        ridge = 1e-15 * torch.ones_like(c) + (c <= 1e-30)  # starved columns stay
+        return torch.linalg.solve(hessian + torch.diag_embed(ridge), b - c)
 
 
 class BlockedKernel:
@@ -269,8 +280,11 @@ def solve_pair(
         psi = psi + e[:, None] * residual(b, c)
     kernel.at(eps)
     s = psi / eps[:, None] + log_b
+    direct = s.dtype == torch.float64 and isinstance(kernel, DenseKernel) and s.shape[1] <= NEWTON_SIZE
+    newton, newton_from = False, stages + NEWTON_AFTER
     anderson, best, shown, since, sweeps = Anderson(), None, None, 0, stages
-    error = torch.full_like(eps, math.inf)
+    error = least_error = torch.full_like(eps, math.inf)
+    idle = 0
     slack = 1e-5 if s.dtype == torch.float32 else 1e-12
     while True:
         c, log_row = kernel.sweep(s, a)
@@ -285,22 +299,31 @@ def solve_pair(
             )  # retreat to the plain iteration
             anderson.restart()
             continue
-        if sweeps - stages <= 3 or since >= CHECK_EVERY or sweeps >= max_iter:
+        if sweeps - stages <= 3 or newton or since >= CHECK_EVERY or sweeps >= max_iter:
             size, shot = torch.sqrt((b * r.square()).sum(-1)), kernel.average(s, z)
             if shown is not None:
-                least = rates[0].clamp_min(0.25) if since < 2 else (rates[1] ** since).clamp_min(0.5)
+                least = (
+                    torch.full_like(eps, 0.01)
+                    if newton
+                    else rates[0].clamp_min(0.25)
+                    if since < 2
+                    else (rates[1] ** since).clamp_min(0.5)
+                )
                 q = torch.maximum(size / shown[1].clamp_min(1e-30), least).clamp_max(0.999)
                 error = SAFETY * rms(shot - shown[0], a) * q / (1 - q)
                 speed, marginal = rms(shot - z_base, a), (c - b).abs().sum(-1)
                 good = (error <= torch.maximum(tol * speed, floor)) & (marginal <= max(2 * tol, 100 * slack))
                 if bool(good.all()):
                     break
-            if sweeps >= max_iter:
+                idle = 0 if bool((error < 0.9 * least_error).any()) else idle + 1
+                least_error = torch.minimum(error, least_error)
+            if sweeps >= max_iter or idle > PATIENCE:
                 break
             shown, since = (shot, size), 0
         since += 1
         best = (s, value, r)
-        s = anderson.step(s, r, c)
+        newton = direct and sweeps >= newton_from and bool((torch.sqrt((b * r.square()).sum(-1)) < 1).all())
+        s = s + kernel.newton(s, a, b, c) if newton else anderson.step(s, r, c)
     return PairSolution(s, log_row, shot, sweeps, (c - b).abs().sum(-1), error)
 
 

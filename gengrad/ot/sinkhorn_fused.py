@@ -114,7 +114,7 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     xn, yn, a, b = x.numpy(), y.numpy(), p.a[0].contiguous().numpy(), p.b[0].contiguous().numpy()
     half_x, half_y, log_b, mean, var_x, var_y, plain, fast = fused.prepare(xn, yn, a, b, eps)
     spread, rounding = math.sqrt(min(d * eps, 2 * cost)), float(torch.finfo(torch.float32).eps)
-    floor = 2 * rounding * (1 + cost / eps) * spread + rounding * math.sqrt(cost)
+    floor = (2 * rounding * (1 + cost / eps) * spread + rounding * math.sqrt(cost)) / (1 - fast)
     own = OwnMap(p, o, half_x, eps, spread, s_self) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))

@@ -15,7 +15,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .sinkhorn_core import CHECK_EVERY, LIMIT, MAX_LOG_SCALING, SAFETY, SMALLEST, STAGE_RATIO, WINDOW
+from .sinkhorn_core import (
+    CHECK_EVERY,
+    LIMIT,
+    MAX_LOG_SCALING,
+    PATIENCE,
+    SAFETY,
+    SMALLEST,
+    STAGE_RATIO,
+    WINDOW,
+)
 
 DIRECT = 4  # up to so many dimensions the products x.y are made on the fly
 F = np.float32
@@ -282,7 +291,7 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
     ds, dr = np.empty((WINDOW, m), F), np.empty((WINDOW, m), F)
     shot, shown = np.empty((n, zt.shape[0]), F), np.empty((n, zt.shape[0]), F)
     count, since, sweeps, have_best, have_shown, fresh = -1, 0, 0, False, False, False
-    best, size_shown, error, speed = 0.0, 0.0, 1e30, 0.0
+    best, size_shown, error, speed, least_error, idle = 0.0, 0.0, 1e30, 0.0, 1e30, 0
     while True:
         far = F(0.0)
         for j in range(m):
@@ -318,7 +327,9 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
                 error = SAFETY * rms_gap(shot, shown, a) * q / (1.0 - q)
                 if error <= max(tol * speed, floor) and marginal <= max(2 * tol, 1e-3):
                     break
-            if sweeps >= max_iter:
+                idle = 0 if error < 0.9 * least_error else idle + 1
+                least_error = min(error, least_error)
+            if sweeps >= max_iter or idle > PATIENCE:
                 break
             shown[:] = shot
             size_shown, have_shown, since = size, True, 0

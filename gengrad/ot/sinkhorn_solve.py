@@ -170,11 +170,12 @@ def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     own = SelfMap(p, o, s_self) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * torch.sqrt(p.mean_cost))
-    levels, sweeps, floor = stages(p), 0, resolution(p)
+    levels, sweeps = stages(p), 0
     psi = core.gaussian_start(p.x, p.y, p.a, p.b, p.eps * core.STAGE_RATIO**levels)
     if s is not None:
         levels, psi = 0, (s - log_b) * p.eps[:, None]
     z, rates = core.seen(p.y), core.accelerated_rate(p.x, p.y, p.eps)
+    floor = resolution(p) / (1 - rates[1])  # slow modes amplify rounding
     while True:
         base = core.seen(p.x if own is None else own.target)
         pair = core.solve_pair(

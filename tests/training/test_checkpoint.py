@@ -280,6 +280,13 @@ def test_every_flipped_bit_cut_lost_or_swapped_file_is_seen_and_never_loaded(tmp
     assert [seed for seed, (_, detected) in enumerate(seen) if not detected] == []
 
 
+def test_damage_to_the_file_of_a_rank_that_is_not_there_is_seen_as_well(tmp_path):
+    save_steps(tmp_path, [10, 20], world=3)
+    flip(tmp_path / "step_00000020" / "rank_0002.safetensors", 2000)
+    (found,) = load_in_ranks(tmp_path, 1)
+    assert found.step == 10 and "rank_0002.safetensors does not have the SHA-256" in found.quarantined[0]
+
+
 def test_a_flipped_bit_of_a_weight_is_not_seen_by_safetensors_alone(tmp_path):
     """The control: without the checksums the wrong weights would load."""
     save_steps(tmp_path, [10])

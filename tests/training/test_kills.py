@@ -42,11 +42,13 @@ def counted(tmp_path_factory) -> dict:
 
 
 @pytest.fixture
-def count(counted, tmp_path):
+def count(request, tmp_path):
     """A function that gives a mode's figures for an amount: those counted, or those of a longer run."""
 
     def figures_of(mode: str, amount: int) -> dict:
-        return counted[mode] if amount == SHORT[mode] else figures(mode, tmp_path, amount, timeout=900)
+        if amount == SHORT[mode]:
+            return request.getfixturevalue("counted")[mode]
+        return figures(mode, tmp_path, amount, timeout=900)
 
     return figures_of
 

@@ -41,6 +41,18 @@ def test_any_state_comes_back_bit_by_bit(state):
     assert same(through_bytes(state), plain(state))
 
 
+def test_names_that_look_like_paths_or_marks_stay_apart():
+    state = {
+        "a/b": torch.tensor(1),
+        "a": {"b": torch.tensor(2), "~1b": torch.tensor(3), "/b": torch.tensor(4), "~01b": torch.tensor(5)},
+        "$tensor": "/a/b",
+        "$$tensor": {"$tensor": "/a/b"},
+        "list": [torch.tensor(6), {"0": torch.tensor(7)}],
+        "list/0": torch.tensor(8),
+    }
+    assert same(through_bytes(state), state)
+
+
 def test_tensors_that_share_memory_come_back_apart():
     whole = torch.arange(6.0)
     state = through_bytes({"whole": whole, "half": whole[:3], "tied": whole, "turned": whole.view(2, 3).T})

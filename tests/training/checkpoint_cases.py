@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -99,3 +100,25 @@ def in_ranks(world: int, run: Callable[[Ranks], object]) -> list:
 def load_in_ranks(directory, world: int) -> list:
     """What each of ``world`` ranks loads, or the exception that it gets."""
     return in_ranks(world, lambda ranks: CheckpointStore(directory, ranks=ranks).load_latest())
+
+
+def save_steps(directory: Path, steps, world: int = 1, size: int = 4096, keep: int = 2) -> None:
+    def save(ranks):
+        store = CheckpointStore(directory, keep, ranks)
+        for step in steps:
+            store.save(step, shared_state(step, size), rank_state(step, ranks.rank))
+
+    for result in in_ranks(world, save):
+        assert result is None, result
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))

@@ -48,13 +48,20 @@ class SinkhornResult:
     _x: Tensor = field(repr=False)
     _y: Tensor = field(repr=False)
     _b: Tensor = field(repr=False)
+    _versions: tuple[int, int] = field(repr=False)
 
     def sample_targets(self, generator: torch.Generator | None = None, block: int = 2**22) -> Tensor:
         """One target index per point, drawn from its row of the plan: P(j | i) = P_ij / a_i; shape (n,), int64.
 
         Rows are rebuilt `block` entries at a time and inverted from one uniform number each. The generator must be
-        on the device of the points. In a batch indices count within each problem's y.
+        on the device of the points. In a batch indices count within each problem's y. RuntimeError if the points have been
+        changed in place since the solve.
         """
+        if (self._x._version, self._y._version) != self._versions:
+            raise RuntimeError(
+                "sample_targets: the points were changed in place since the solve, so their plan is gone; draw before "
+                "the step, or step with x = x + tau * v."
+            )
         x, y, b = (t if t.ndim == r else t[None] for t, r in ((self._x, 3), (self._y, 3), (self._b, 2)))
         g, eps = self.g.reshape(b.shape), self.epsilon.reshape(-1)
         uniform = torch.rand(x.shape[:2], generator=generator, dtype=x.dtype, device=x.device)
@@ -97,12 +104,12 @@ def _warm(problem: Problem, warm: SinkhornResult | None, debias: bool) -> tuple[
             "result of a call with the same number of problems and targets, or None."
         )
     eps = p.eps[:, None]
-    s = (g - p.y.square().sum(-1) / 2) / eps + torch.log(p.b).clamp_min(-1e4)
+    s = (g - p.half_y) / eps + torch.log(p.b).clamp_min(-1e4)
     h = warm.self_potential
     if not debias or h is None or h.numel() != p.a.numel():
         return s, None
     h = h.reshape(p.a.shape).to(p.x)
-    return s, (h - p.x.square().sum(-1) / 2) / eps + torch.log(p.a).clamp_min(-1e4)
+    return s, (h - p.half_x) / eps + torch.log(p.a).clamp_min(-1e4)
 
 
 def _result(p: Problem, r: Solution, backend: str) -> SinkhornResult:
@@ -116,12 +123,15 @@ def _result(p: Problem, r: Solution, backend: str) -> SinkhornResult:
             int(r.iterations[worst]), float(p.eps[worst]),
         )  # fmt: skip
     named = dict(vars(r), epsilon=p.eps, _x=p.x, _y=p.y, _b=p.b)
-    named["target"] = r.target + p.centre
-    if r.self_target is not None:
-        named["self_target"] = r.self_target + p.centre
+    if backend == "torch":  # the fused path has done so already
+        named["target"] = p.back(r.target)
+        named["self_target"] = None if r.self_target is None else p.back(r.self_target)
+    if named["self_target"] is p.x:
+        named["self_target"] = p.x.clone()  # a skipped self map: no alias of the caller's points
     if p.single:
         named = {k: None if t is None else t[0] for k, t in named.items()}
-    return SinkhornResult(**named, backend=backend)
+    versions = (named["_x"]._version, named["_y"]._version)
+    return SinkhornResult(**named, backend=backend, _versions=versions)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .sinkhorn_problem import Problem
+
 STAGE_RATIO = 4.0  # epsilon stages are this factor apart
 WINDOW = 8  # differences that Anderson acceleration keeps
 MAX_LOG_SCALING = 15.0  # exp-domain scalings beyond e^15 are absorbed into the kernel
@@ -175,19 +177,18 @@ class Anderson:
         return s + r - torch.bmm(gamma.mT, ds + dr)[:, 0]
 
 
-def gaussian_start(x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> Tensor:
-    """psi of entropic transport between two isotropic Gaussians with the clouds' means and mean variances.
+def gaussian_start(p: Problem, eps: Tensor) -> Tensor:
+    """psi (B, m) of entropic transport between isotropic Gaussians with the clouds' means and mean variances.
 
     psi(y) = -mean_x . y - |y - mean_y|^2 / 2 (var_x / q - eps / var_y), where q is the cross-covariance
     sqrt(var_x var_y + eps^2 / 4) - eps / 2 (Janati et al. 2020, theorem 1, in one direction).
     """
-    mean_x, mean_y = (a[..., None] * x).sum(1, keepdim=True), (b[..., None] * y).sum(1, keepdim=True)
-    square, d, tiny = (y - mean_y).square().sum(-1), x.shape[-1], torch.finfo(x.dtype).tiny
-    var_x = ((a * (x - mean_x).square().sum(-1)).sum(1) / d).clamp_min(tiny)
-    var_y = ((b * square).sum(1) / d).clamp_min(tiny)
+    d, tiny = p.x.shape[-1], torch.finfo(p.x.dtype).tiny
+    var_x = (2 * (p.a * p.half_x).sum(1) - p.mean_x.square().sum(-1)).div(d).clamp_min(tiny)
+    var_y = (2 * (p.b * p.half_y).sum(1) - p.mean_y.square().sum(-1)).div(d).clamp_min(tiny)
     q = var_x * var_y / (torch.sqrt(var_x * var_y + eps**2 / 4) + eps / 2)  # the root, without cancellation
-    slope = (var_x / q.clamp_min(tiny) - eps / var_y).clamp(0.0, 1e6)
-    return -(y * mean_x).sum(-1) - 0.5 * slope[:, None] * square
+    slope = (var_x / q.clamp_min(tiny) - eps / var_y).clamp(0.0, 1e6)[:, None]
+    return -matvec(p.y, p.mean_x - slope * p.mean_y) - slope * p.half_y
 
 
 def residual(b: Tensor, c: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def rms(v: Tensor, w: Tensor) -> Tensor:
     return torch.sqrt((w * v.square().sum(-1)).sum(-1))
 
 
-def top_variance(x: Tensor, points: int = 256, rounds: int = 3) -> Tensor:
+def top_variance(x: Tensor, points: int = 64, rounds: int = 3) -> Tensor:
     """About the largest eigenvalue of each cloud's covariance (B,), by power iteration on at most `points` points."""
     x = x[:, :: max(1, x.shape[1] // points)]
     x = x - x.mean(1, keepdim=True)
@@ -370,7 +371,7 @@ def solve_self(
 
 
 def skip_bound(
-    x: Tensor, a: Tensor, eps: Tensor, coordinates: int = 96, block: int = 2048
+    x: Tensor, a: Tensor, eps: Tensor, coordinates: int, block: int = 2048
 ) -> tuple[Tensor, Tensor]:
     """Lower bound on the self mass and upper bound on rms |self map - x|, from some of the coordinates only.
 

@@ -21,7 +21,10 @@ class _Divergence(torch.autograd.Function):
         problem = read_problem(x, y, epsilon, epsilon_rel, a, b)
         given = problem.eps[0] if problem.single else problem.eps
         result = _run(x, y, given, epsilon_rel, a, b, None, options)
-        swapped = replace(problem, x=problem.y, y=problem.x, a=problem.b, b=problem.a)
+        p = problem
+        swapped = replace(
+            p, x=p.y, y=p.x, a=p.b, b=p.a, mean_x=p.mean_y, mean_y=p.mean_x, half_x=p.half_y, half_y=p.half_x
+        )
         other = SelfMap(swapped, options, None)
         other.reach(0.1 * options.tol * torch.sqrt(problem.mean_cost))
         own = other.value()[0] if problem.single else other.value()

@@ -16,10 +16,10 @@ from torch import Tensor
 from . import sinkhorn_core as core
 from . import sinkhorn_numba as fused
 from .sinkhorn_problem import Problem
-from .sinkhorn_solve import FIRST_SELF_GOAL, SELF_SHARE, Options, Solution, residual_goal, worth_a_bound
+from .sinkhorn_solve import FIRST_SELF_GOAL, SELF_SHARE, Options, Solution, bound_coordinates, residual_goal
 
 F = np.float32
-EMPTY = np.empty((0, 0), F)
+EMPTY, NONE = np.empty((0, 0), F), np.empty(0, F)
 NARROW = 16  # up to so many dimensions row averages are taken without a matrix product
 KEEP = 2**28  # bytes of workspace kept between calls, per thread and buffer
 _workspaces = threading.local()
@@ -50,8 +50,8 @@ class OwnMap:
         self.a, self.target = problem.a[0].numpy(), problem.x[0].numpy()
         self.error, self.mass, self.total, self.kernel = math.inf, 1.0, 1.0, None
         self.u = np.sqrt(self.a) if warm is None else np.exp(warm[0].numpy() + half / F(eps))
-        if self.x.shape[1] > 192 and worth_a_bound(problem, options):
-            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps)
+        if coordinates := bound_coordinates(problem, options):
+            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps, coordinates)
             if float(mass) >= options.skip_self_mass:
                 self.mass, self.error = float(mass), float(bound)
         self.skipped = self.error < math.inf
@@ -62,7 +62,7 @@ class OwnMap:
             return False
         x, n = self.x, len(self.x)
         if self.kernel is None:
-            self.kernel, dot, self.xt = workspace("self", n, n), EMPTY, np.ascontiguousarray(x.numpy().T)
+            self.kernel, dot, self.xt = workspace("self", n, n), EMPTY, _columns(x.numpy())
             if x.shape[1] > fused.DIRECT:
                 products = workspace("products", n, n)
                 symmetric_product(x, products)
@@ -83,11 +83,9 @@ class OwnMap:
         if x.shape[1] <= NARROW:
             fused.symmetric_averages(kernel, self.u, ku, self.xt, out)
             return out
-        fused.mirror(kernel)
-        scaled = workspace("scaled", *x.shape)
-        fused.scale_rows(x, self.u, scaled.numpy())
-        torch.mm(self.kernel, scaled, out=torch.from_numpy(out))
-        fused.divide_rows(out, ku)
+        plan = workspace("products", *kernel.shape)
+        fused.symmetric_plan(kernel, self.u, ku, plan.numpy())
+        torch.mm(plan, self.x, out=torch.from_numpy(out))
         return out
 
     def potential(self) -> tuple[np.ndarray, float]:
@@ -97,10 +95,15 @@ class OwnMap:
         return h, 2 * float(np.dot(self.a, h)) - self.eps * (self.total - 1)
 
 
+def _columns(points: np.ndarray) -> np.ndarray:
+    """The coordinates as contiguous rows, where a kernel reads them so."""
+    return np.ascontiguousarray(points.T) if points.shape[1] <= NARROW else EMPTY
+
+
 def _seen(points: np.ndarray) -> np.ndarray:
     """The points through the probe directions of `sinkhorn_core`."""
     omega = core.probes(points.shape[1], torch.float32, torch.device("cpu"))
-    return points if omega is None else points @ omega.numpy()
+    return points if omega is None else torch.mm(torch.from_numpy(points), omega).numpy()
 
 
 def _rms(gap: np.ndarray, a: np.ndarray) -> float:
@@ -112,20 +115,22 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     p, o, x, y = problem, options, problem.x[0].contiguous(), problem.y[0].contiguous()
     n, m, d, eps, cost = len(x), len(y), x.shape[1], float(p.eps[0]), float(p.mean_cost[0])
     xn, yn, a, b = x.numpy(), y.numpy(), p.a[0].contiguous().numpy(), p.b[0].contiguous().numpy()
-    half_x, half_y, log_b, mean, var_x, var_y, plain, fast = fused.prepare(xn, yn, a, b, eps)
+    half_x, half_y = p.half_x[0].numpy(), p.half_y[0].numpy()
+    mean_x, mean_y = p.mean_x[0].numpy(), p.mean_y[0].numpy()
+    log_b, var_x, var_y, plain, fast = fused.prepare(xn, yn, half_x, half_y, mean_x, mean_y, a, b, eps)
     spread, rounding = math.sqrt(min(d * eps, 2 * cost)), float(torch.finfo(torch.float32).eps)
     floor = (2 * rounding * (1 + cost / eps) * spread + rounding * math.sqrt(cost)) / (1 - fast)
     own = OwnMap(p, o, half_x, eps, spread, s_self) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))
-    dot, kernel, yt = EMPTY, workspace("kernel", n, m), np.ascontiguousarray(yn.T) if d <= NARROW else EMPTY
+    dot, kernel, yt = EMPTY, workspace("kernel", n, m), _columns(yn)
     if d > fused.DIRECT:
         products = workspace("products", n, m)
         dot = torch.mm(x, y.T, out=products).numpy()
     k, sweeps = kernel.numpy(), 0
     if s is None:
         sweeps = max(0, math.floor(math.log(max(cost / eps, 1.0), core.STAGE_RATIO)))
-        psi = fused.gaussian_start(yn, half_y, mean, var_x, var_y, eps * core.STAGE_RATIO**sweeps)
+        psi = fused.gaussian_start(yn, half_y, mean_x, mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps)
         fused.anneal(dot, xn, yt, psi, log_b, eps, a, b, np.empty((1, m), F), sweeps)
         s = psi / F(eps) + log_b
     else:
@@ -146,39 +151,33 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
         if sweeps >= o.max_iter or error <= max(share * _rms(shot - base, a), 0.5 * floor):
             break
     target, mean_s = _averages(kernel, v, y, yt, s)
+    solved = own is not None and not own.skipped
     velocity, f, g, speed, value, neighbours = fused.finish(
-        xn, target, xn if own is None else own.target, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps
-    )
+        xn, target, own.target if solved else xn, solved, NONE if p.centre is None else p.centre[0, 0].numpy(),
+        a, b, s, log_b, log_row, mean_s, half_x, half_y, eps,
+    )  # fmt: skip
     error += 0.0 if own is None else own.error
     good = error <= max(o.tol * speed, floor) and math.isfinite(speed)
-    numbers = torch.tensor(
-        [
-            (error + floor) / max(speed, 1e-37),
-            marginal,
-            neighbours,
-            value,
-            *([own.mass, own.potential()[1]] if own else []),
-        ]
-    )
-    row = numbers[:, None].unbind(0)
+    numbers = [(error + floor) / max(speed, 1e-37), marginal, neighbours, value]
+    extra = ()
+    if own is not None:
+        h, own_value = own.potential()
+        own_target = torch.from_numpy(own.target)[None] if solved else p.back(p.x)
+        numbers, extra = [*numbers, own.mass, own_value], (own_target, torch.from_numpy(h)[None])
+    numbers = torch.tensor(numbers)[:, None].unbind(0)
     return Solution(
-        *(torch.from_numpy(t)[None] for t in (f, g, target, velocity)),
-        torch.tensor([good]), row[0], torch.tensor([sweeps]), row[1], row[2], row[3],
-        *((torch.from_numpy(own.target)[None], torch.from_numpy(own.potential()[0])[None], row[4], row[5])
-          if own else (None,) * 4),
+        *(torch.from_numpy(part)[None] for part in (f, g, target, velocity)),
+        torch.tensor([good]), numbers[0], torch.tensor([sweeps]), *numbers[1:4], *extra, *numbers[4:],
     )  # fmt: skip
 
 
 def _averages(kernel: Tensor, v: np.ndarray, y: Tensor, yt: np.ndarray, s: np.ndarray):
-    """Barycentric map (n, d) and row averages of s under the kernel with columns scaled by v."""
-    k, d = kernel.numpy(), y.shape[1]
-    target = np.empty((k.shape[0], d), F)
-    t, mean_s = fused.row_sums(k, v, s)
-    if d <= NARROW:
+    """Barycentric map (n, d) and row averages of s under the kernel with columns scaled by v; spends the kernel."""
+    k, target = kernel.numpy(), np.empty((len(kernel), y.shape[1]), F)
+    mean_s = fused.row_means(k, v, s)
+    if y.shape[1] <= NARROW:
         fused.averages(k, v, yt, target)
-        return target, mean_s
-    scaled = workspace("scaled", *y.shape)
-    fused.scale_rows(y.numpy(), v, scaled.numpy())
-    torch.mm(kernel, scaled, out=torch.from_numpy(target))
-    fused.divide_rows(target, t)
+    else:
+        fused.normalise(k, v)
+        torch.mm(kernel, y, out=torch.from_numpy(target))
     return target, mean_s

@@ -429,14 +429,19 @@ def symmetric_averages(kernel, u, ku, xt, out):
 
 
 @_jit
-def mirror(kernel):
-    """Copy the upper triangle below the diagonal, in tiles that stay in cache."""
-    n, tile = kernel.shape[0], 32
+def symmetric_plan(kernel, u, ku, out):
+    """out_ij = K_ij u_j / (K u)_i, in full from the upper triangle, in tiles that stay in cache."""
+    n, tile = u.shape[0], 32
     for i0 in range(0, n, tile):
         for j0 in range(i0, n, tile):
+            for i in range(i0, min(i0 + tile, n)):
+                scale = F(1.0) / ku[i]
+                for j in range(max(i, j0), min(j0 + tile, n)):
+                    out[i, j] = kernel[i, j] * u[j] * scale
             for j in range(j0, min(j0 + tile, n)):
+                scale = F(1.0) / ku[j]
                 for i in range(i0, min(i0 + tile, j)):
-                    kernel[j, i] = kernel[i, j]
+                    out[j, i] = kernel[i, j] * u[i] * scale
 
 
 @_jit
@@ -474,85 +479,77 @@ def top_variance(x, points, rounds):
 
 
 @_jit
-def prepare(x, y, a, b, eps):
-    """What a cold start needs, for centred clouds (mean of y zero): half squared norms, moments, rates."""
+def prepare(x, y, half_x, half_y, mean_x, mean_y, a, b, eps):
+    """What a start needs: log b, mean variances, and `accelerated_rate`."""
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    half_x, half_y, log_b, mean = np.empty(n, F), np.empty(m, F), np.empty(m, F), np.zeros(d, F)
+    log_b = np.empty(m, F)
     second_x, second_y = 0.0, 0.0
     for i in range(n):
-        square = F(0.0)
-        for k in range(d):
-            square += x[i, k] * x[i, k]
-            mean[k] += a[i] * x[i, k]
-        half_x[i] = F(0.5) * square
-        second_x += a[i] * square
+        second_x += 2 * a[i] * half_x[i]
     for j in range(m):
-        square = F(0.0)
-        for k in range(d):
-            square += y[j, k] * y[j, k]
-        half_y[j] = F(0.5) * square
-        second_y += b[j] * square
+        second_y += 2 * b[j] * half_y[j]
         log_b[j] = F(math.log(b[j])) if b[j] > 0 else F(-1e4)
-    offset = 0.0
     for k in range(d):
-        offset += mean[k] * mean[k]
-    var_x, var_y = max((second_x - offset) / d, 1e-37), max(second_y / d, 1e-37)
-    slow = eps / (2 * math.sqrt(max(top_variance(x, 256, 3) * top_variance(y, 256, 3), 1e-37)))
+        second_x -= mean_x[k] * mean_x[k]
+        second_y -= mean_y[k] * mean_y[k]
+    slow = eps / (2 * math.sqrt(max(top_variance(x, 64, 3) * top_variance(y, 64, 3), 1e-37)))
     plain = 1 / (math.sqrt(1 + slow * slow) + slow) ** 2
     root = math.sqrt(1 - plain)
-    return half_x, half_y, log_b, mean, var_x, var_y, plain, (1 - root) / (1 + root)
+    return log_b, max(second_x / d, 1e-37), max(second_y / d, 1e-37), plain, (1 - root) / (1 + root)
 
 
 @_jit
-def gaussian_start(y, half_y, mean, var_x, var_y, eps):
-    """See `sinkhorn_core.gaussian_start`; the mean of y is zero here."""
+def gaussian_start(y, half_y, mean_x, mean_y, var_x, var_y, eps):
+    """See `sinkhorn_core.gaussian_start`."""
     q = var_x * var_y / (math.sqrt(var_x * var_y + eps * eps / 4) + eps / 2)
     slope = F(min(max(var_x / max(q, 1e-37) - eps / var_y, 0.0), 1e6))
+    tilt = mean_x - slope * mean_y
     psi = np.empty(half_y.shape[0], F)
     for j in range(half_y.shape[0]):
         inner = F(0.0)
-        for k in range(mean.shape[0]):
-            inner += y[j, k] * mean[k]
+        for k in range(tilt.shape[0]):
+            inner += y[j, k] * tilt[k]
         psi[j] = -inner - slope * half_y[j]
     return psi
 
 
 @_jit
-def scale_rows(z, v, out):
-    """out_j = v_j z_j."""
-    for j in range(z.shape[0]):
-        for k in range(z.shape[1]):
-            out[j, k] = v[j] * z[j, k]
-
-
-@_jit
-def divide_rows(z, w):
-    """z_i <- z_i / w_i."""
-    for i in range(z.shape[0]):
-        f = F(1.0) / w[i]
-        for k in range(z.shape[1]):
-            z[i, k] *= f
-
-
-@_jit
-def row_sums(kernel, v, s):
-    """t_i = sum_j K_ij v_j, and the row averages of s."""
+def normalise(kernel, v):
+    """K_ij <- K_ij v_j / sum_j K_ij v_j, in place."""
     n, m = kernel.shape
-    t, mean = np.empty(n, F), np.empty(n, F)
+    for i in range(n):
+        total = F(0.0)
+        for j in range(m):
+            w = kernel[i, j] * v[j]
+            kernel[i, j] = w
+            total += w
+        scale = F(1.0) / total
+        for j in range(m):
+            kernel[i, j] *= scale
+
+
+@_jit
+def row_means(kernel, v, s):
+    """The row averages of s under the kernel with columns scaled by v."""
+    n, m = kernel.shape
+    mean = np.empty(n, F)
     for i in range(n):
         total, other = F(0.0), F(0.0)
         for j in range(m):
             w = kernel[i, j] * v[j]
             total += w
             other += w * s[j]
-        t[i] = total
         mean[i] = other / total
-    return t, mean
+    return mean
 
 
 @_jit
-def finish(x, target, base, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps):
-    """Velocity, its rms, the potentials in their gauge, the value and the effective neighbours (see `sinkhorn_solve`)."""
+def finish(x, target, base, own, centre, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps):
+    """Velocity, its rms, the potentials in their gauge, the value and the effective neighbours.
+
+    See `sinkhorn_solve.finish`. `target` and, if it is the solved self map (`own`), `base`, which the velocity
+    subtracts, leave in the caller's coordinates.
+    """
     n, m, d = x.shape[0], s.shape[0], x.shape[1]
     velocity, f, g = np.empty((n, d), F), np.empty(n, F), np.empty(m, F)
     speed, neighbours, sum_f, sum_g = 0.0, 0.0, 0.0, 0.0
@@ -563,6 +560,11 @@ def finish(x, target, base, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps
             velocity[i, k] = w
             square += w * w
             inner += x[i, k] * target[i, k]
+        if centre.shape[0] > 0:
+            for k in range(d):
+                target[i, k] += centre[k]
+                if own:
+                    base[i, k] += centre[k]
         speed += a[i] * square
         neighbours += a[i] * math.exp(max(log_row[i] - inner / eps - mean_s[i], 0.0))
         f[i] = half_x[i] - eps * log_row[i]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,13 +18,23 @@ class Problem:
     b: Tensor  # (B, m)
     eps: Tensor  # (B,)
     mean_cost: Tensor  # (B,)
-    centre: Tensor  # (B, 1, d), already taken off both clouds: keeps the products small in fp32
+    centre: (
+        Tensor | None
+    )  # (B, 1, d), already taken off both clouds; None where they lie near the origin anyway
+    mean_x: Tensor  # (B, d)
+    mean_y: Tensor  # (B, d)
+    half_x: Tensor  # (B, n) half the squared norms, after centring
+    half_y: Tensor  # (B, m)
     single: bool  # the caller gave (n, d), and gets results without the batch dimension
 
     def part(self, i: int) -> Problem:
         """The i-th problem, as a batch of one."""
-        fields = (self.x, self.y, self.a, self.b, self.eps, self.mean_cost, self.centre)
-        return Problem(*(t[i : i + 1] for t in fields), single=self.single)
+        cut = {k: v[i : i + 1] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **cut)
+
+    def back(self, points: Tensor) -> Tensor:
+        """Centred points in the caller's coordinates."""
+        return points if self.centre is None else points + self.centre
 
 
 def _cloud(name: str, points: Tensor) -> Tensor:
@@ -47,14 +57,17 @@ def _cloud(name: str, points: Tensor) -> Tensor:
         raise ValueError(f"sinkhorn: {name} has dtype {points.dtype}; use {name}.float() or {name}.double().")
     if points.dtype in (torch.float16, torch.bfloat16):
         points = points.float()  # documented: half precision is read as fp32
-    finite = torch.isfinite(points.sum())  # one cheap pass; only an overflowing sum needs the second look
-    if not bool(finite) and not bool((finite := torch.isfinite(points)).all()):
+    return points
+
+
+def _refuse_infinite(name: str, points: Tensor) -> None:
+    finite = torch.isfinite(points)
+    if not bool(finite.all()):
         where = tuple(int(k) for k in (~finite).nonzero()[0])
         raise ValueError(
             f"sinkhorn: {name}{list(where)} is {float(points[where])}, and {int((~finite).sum())} of its entries "
             "are not finite; drop those points, or lower the step of the flow that made them."
         )
-    return points
 
 
 def _weights(name: str, w: Tensor | None, points: Tensor, single: bool) -> Tensor:
@@ -117,17 +130,40 @@ def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) 
             f"sinkhorn: x is {x.dtype} on {x.device} and y {y.dtype} on {y.device}; use y.to(x) (half precision "
             "is read as fp32)."
         )
-    single = x.ndim == 2
+    given, single = (x, y), x.ndim == 2
     x, y = (x[None], y[None]) if single else (x, y)
+    weighted = a is not None or b is not None
     a, b = _weights("a", a, x, single), _weights("b", b, y, single)
-    # E |x - y|^2 / 2 from the moments, after centring at the mean of y, so that nothing large cancels
-    centre = torch.bmm(b[:, None, :], y)
-    x, y = x - centre, y - centre
-    mean_cost = 0.5 * ((a * x.square().sum(-1)).sum(1) + (b * y.square().sum(-1)).sum(1))
-    eps = _epsilon(epsilon, epsilon_rel, mean_cost, single)
-    if not bool((mean_cost / eps < 1e9 if x.dtype == torch.float64 else mean_cost / eps < 1e6).all()):
+    x, y = x.contiguous(), y.contiguous()
+    moments = _moments(x, y, a, b, weighted)
+    if not bool(torch.isfinite(moments[-1]).all()):  # any infinite or undefined entry ends up here
+        _refuse_infinite("x", given[0])
+        _refuse_infinite("y", given[1])
         raise ValueError(
-            f"sinkhorn: epsilon {float(eps.min()):.3g} is less than a {'billionth' if x.dtype == torch.float64 else 'millionth'} of the "
-            f"mean cost {float(mean_cost.max()):.3g}, beyond what {x.dtype} resolves; raise epsilon, use .double(), or exact_plan."
+            f"sinkhorn: squared distances overflow {x.dtype}; rescale the clouds, or use .double()."
         )
-    return Problem(x, y, a, b, eps, mean_cost, centre, single)
+    centre = None
+    if bool((moments[3].square().sum(-1) > moments[-1]).any()):  # far from the origin: products would cancel
+        centre = moments[3][:, None]
+        x, y = x - centre, y - centre
+        moments = _moments(x, y, a, b, weighted)
+    half_x, half_y, mean_x, mean_y, mean_cost = moments
+    eps = _epsilon(epsilon, epsilon_rel, mean_cost, single)
+    most = 1e9 if x.dtype == torch.float64 else 1e6
+    if not bool((mean_cost / eps < most).all()):
+        raise ValueError(
+            f"sinkhorn: epsilon {float(eps.min()):.3g} is less than 1/{most:.0e} of the mean cost "
+            f"{float(mean_cost.max()):.3g}, beyond what {x.dtype} resolves; raise epsilon, use .double(), or exact_plan."
+        )
+    return Problem(x, y, a, b, eps, mean_cost, centre, mean_x, mean_y, half_x, half_y, single)
+
+
+def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor, weighted: bool) -> tuple[Tensor, ...]:
+    """Half squared norms, means, and E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y, in O((n + m) d)."""
+    half_x, half_y = (0.5 * torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
+    if weighted:
+        mean_x, mean_y = (torch.bmm(w[:, None, :], t)[:, 0] for w, t in ((a, x), (b, y)))
+    else:
+        mean_x, mean_y = x.mean(1), y.mean(1)
+    cost = (a * half_x).sum(1) + (b * half_y).sum(1) - (mean_x * mean_y).sum(1)
+    return half_x, half_y, mean_x, mean_y, cost.clamp_min(0.0)

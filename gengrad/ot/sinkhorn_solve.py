@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -86,15 +87,19 @@ def residual_goal(tol: float) -> float:
     return min(0.05, max(5 * tol, 1e-5))
 
 
-def worth_a_bound(problem: Problem, options: Options) -> bool:
-    """Whether `skip_bound` may succeed: many dimensions, and kernels that fall off well within the cloud."""
-    x, a = problem.x, problem.a
-    if options.skip_self_mass > 1 or x.shape[-1] <= 2 * 96:
-        return False
-    mean = (a[..., None] * x).sum(1, keepdim=True)
-    variance = (a * (x - mean).square().sum(-1)).sum(1)
-    far = float((variance / problem.eps).min())  # mean of |x_i - x_j|^2 / (2 eps)
-    return far > 3 * math.log(x.shape[1] + 1)
+def bound_coordinates(problem: Problem, options: Options) -> int:
+    """Coordinates after which `skip_bound` should succeed; 0 if it is not worth trying.
+
+    The mean of |x_i - x_j|^2 / (2 eps) is `far`; among k of d coordinates about k / d of it, of which the nearest
+    of n points keep, say, two thirds; the bound wants e^15 beyond n neighbours.
+    """
+    x = problem.x
+    if options.skip_self_mass > 1 or x.shape[-1] <= 128:
+        return 0
+    variance = 2 * (problem.a * problem.half_x).sum(-1) - problem.mean_x.square().sum(-1)
+    far = float((variance / problem.eps).min())
+    count = math.ceil(x.shape[-1] * 1.5 * (math.log(x.shape[1]) + 15) / max(far, 1e-30))
+    return max(count, 64) if count <= x.shape[-1] // 2 else 0
 
 
 class SelfMap:
@@ -110,8 +115,8 @@ class SelfMap:
             torch.ones_like(problem.eps),
         )
         self.error = torch.full_like(problem.eps, math.inf)
-        if worth_a_bound(problem, options):
-            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps)
+        if coordinates := bound_coordinates(problem, options):
+            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps, coordinates)
             if bool((mass >= options.skip_self_mass).all()):
                 self.mass, self.error = mass, bound
         self.skipped = bool(torch.isfinite(self.error).all())
@@ -136,7 +141,7 @@ class SelfMap:
         self.s, self.error, self.skipped = solved.s, solved.error, False
         self.total = torch.exp(solved.s + solved.log_row).sum(-1)
         self.target = self.kernel.average(solved.s, p.x)
-        log_mass = p.x.square().sum(-1) / p.eps[:, None] + solved.s - solved.log_row
+        log_mass = 2 * p.half_x / p.eps[:, None] + solved.s - solved.log_row
         self.mass = (p.a * torch.exp(log_mass)).sum(-1)
         return True
 
@@ -159,7 +164,7 @@ class SelfMap:
     def potential(self) -> Tensor:
         """h (B, n), with P_ij = a_i a_j exp((h_i + h_j - |x_i - x_j|^2 / 2) / eps)."""
         p = self.problem
-        return p.eps[:, None] * (self.s - torch.log(p.a).clamp_min(-1e4)) + p.x.square().sum(-1) / 2
+        return p.eps[:, None] * (self.s - torch.log(p.a).clamp_min(-1e4)) + p.half_x
 
 
 def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
@@ -171,7 +176,7 @@ def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * torch.sqrt(p.mean_cost))
     levels, sweeps = stages(p), 0
-    psi = core.gaussian_start(p.x, p.y, p.a, p.b, p.eps * core.STAGE_RATIO**levels)
+    psi = core.gaussian_start(p, p.eps * core.STAGE_RATIO**levels)
     if s is not None:
         levels, psi = 0, (s - log_b) * p.eps[:, None]
     z, rates = core.seen(p.y), core.accelerated_rate(p.x, p.y, p.eps)
@@ -201,8 +206,8 @@ def finish(
     target, mean_s = average[..., :-1], average[..., -1]
     velocity = target - (p.x if own is None else own.target)
     speed, error = core.rms(velocity, p.a), pair.error + (0 if own is None else own.error)
-    f = p.x.square().sum(-1) / 2 - eps * pair.log_row
-    g = eps * (pair.s - torch.log(p.b).clamp_min(-1e4)) + p.y.square().sum(-1) / 2
+    f = p.half_x - eps * pair.log_row
+    g = eps * (pair.s - torch.log(p.b).clamp_min(-1e4)) + p.half_y
     sum_f, sum_g = (p.a * f).sum(-1), (p.b * g).sum(-1)
     gauge = (sum_f - sum_g)[:, None] / 2
     entropy = pair.log_row - (p.x * target).sum(-1) / eps - mean_s
@@ -217,12 +222,18 @@ def finish(
     return solution
 
 
+@lru_cache(maxsize=1)
+def has_numba() -> bool:
+    """Whether the extra `fast` is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
 def choose_backend(problem: Problem, options: Options) -> str:
     """The fused path for fp32 on a CPU where numba is installed and the kernel fits the memory bound."""
     p, o = problem, options
     n, m = p.x.shape[1], p.y.shape[1]
     reasons = []
-    if importlib.util.find_spec("numba") is None:
+    if not has_numba():
         reasons.append("numba is not installed (pip install gengrad[fast])")
     if p.x.device.type != "cpu" or p.x.dtype != torch.float32:
         reasons.append(f"it takes float32 on a CPU, not {p.x.dtype} on {p.x.device}")

@@ -1,0 +1,26 @@
+"""Every shipped config runs, and its first line says what it does."""
+
+from pathlib import Path
+
+import pytest
+
+import gengrad
+from gengrad.cli import main
+from gengrad.config import load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_config_says_what_it_does_and_trains_two_steps(path, tmp_path):
+    assert path.read_text().startswith("# ")
+    sizes = [f"{key}=32" for key in ("method.ot_batch", "method.target_batch") if key.split(".")[1] in
+             load_config(path).method]
+    run = [f"out={tmp_path / 'run'}", "train.steps=2", "train.batch_size=16", "train.warmup=0", *sizes]
+    assert main(["train", str(path), *run]) == 0
+    assert gengrad.load(tmp_path / "run").sample(2, nfe=4).isfinite().all()
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 6

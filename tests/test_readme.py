@@ -1,0 +1,54 @@
+"""The README's commands exist, its Python runs, its links lead somewhere, and its example of a data set works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gengrad.cli import _parser
+from gengrad.config import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("  #")[0] for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python ", "gengrad "))])
+def test_a_command_of_the_readme_is_understood(command):
+    words = shlex.split(command)
+    arguments = [Path(words[1]).stem, *words[2:]] if words[0] == "python" else words[1:]
+    given = _parser("gengrad").parse_args(arguments)
+    if arguments[0] == "train":
+        load_config(ROOT / given.config, given.overrides)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_a_make_target_of_the_readme_exists(command):
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_python_of_the_readme_runs(trained):
+    code = PYTHON[0].replace('"quickstart/8gaussians"', repr(str(trained)))
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["result"].converged and names["path"].shape == (11, 1000, 2) and names["samples"].shape == (64, 2)
+    assert len([line for line in PYTHON[0].splitlines() if line.strip() and not line.startswith("import")]) <= 10
+
+
+def test_the_example_data_set_of_the_readme_can_be_trained_on(small, tmp_path):
+    from gengrad.cli import main
+    from gengrad.registry import DATASETS
+
+    exec(compile(PYTHON[1], "README.md", "exec"), {})
+    try:
+        assert main(["train", str(small("ring", data={"name": "ring", "radius": 2.0}, train__steps=2))]) == 0
+    finally:
+        del DATASETS._classes["ring"]
+
+
+def test_every_link_of_the_readme_leads_to_a_file():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target

@@ -1,0 +1,104 @@
+"""Sampling a run: the same seed gives the same samples, the files hold them, the table judges them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gengrad
+from gengrad.cli import main
+
+
+def test_the_same_seed_gives_the_same_samples_whatever_the_chunk_size(trained):
+    flow = gengrad.load(trained)
+    whole = flow.sample(700, nfe=5, seed=3)
+    for chunk in (1000, 256, 100, 7):
+        # other shapes of matrix products round differently: fp32, values of size 5, five steps
+        assert torch.allclose(flow.sample(700, nfe=5, seed=3, chunk=chunk), whole, atol=2e-5)
+    assert torch.equal(flow.sample(700, nfe=5, seed=3), whole)
+    assert not torch.allclose(flow.sample(700, nfe=5, seed=4), whole)
+
+
+def test_a_sample_keeps_its_number_in_any_range(trained):
+    flow = gengrad.load(trained)
+    whole = flow.sample(700, nfe=5)
+    assert torch.allclose(flow.sample(200, nfe=5, first=300), whole[300:500], atol=2e-5)
+
+
+def test_the_bill_is_counted_in_the_network(trained):
+    flow = gengrad.load(trained)
+    for nfe, solver in ((1, "euler"), (7, "euler"), (8, "rk4"), (6, "heun")):
+        assert flow.draw_samples(10, nfe, solver=solver, chunk=4).nfe == nfe
+
+
+def test_a_trajectory_starts_at_the_source_and_ends_at_the_samples(trained):
+    flow = gengrad.load(trained)
+    path = flow.trajectory(50, nfe=5, seed=2)
+    assert path.shape == (6, 50, 2)
+    assert torch.equal(path[-1], flow.sample(50, nfe=5, seed=2))
+
+
+def test_the_command_writes_arrays_tensors_pictures_and_films(trained, tmp_path, capsys):
+    base = ["sample", str(trained), "--n", "50", "--nfe", "5", "--seed", "2"]
+    assert main([*base, "--out", str(tmp_path / "x.npy"), "--trajectory", str(tmp_path / "x.gif")]) == 0
+    assert "5 network evaluations each (counted)" in capsys.readouterr().out
+    assert main([*base, "--out", str(tmp_path / "x.pt"), "--chunk", "7"]) == 0
+    assert main([*base, "--out", str(tmp_path / "x.png")]) == 0
+    expected = gengrad.load(trained).sample(50, nfe=5, seed=2)
+    assert np.array_equal(np.load(tmp_path / "x.npy"), expected.numpy())
+    assert torch.allclose(torch.load(tmp_path / "x.pt", weights_only=True), expected, atol=2e-5)
+    assert min(Image.open(tmp_path / "x.png").size) > 100
+    assert Image.open(tmp_path / "x.gif").n_frames > 5
+
+
+def copied(trained, tmp_path):
+    import shutil
+
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+def test_several_nfe_give_a_table_a_plot_and_the_protocol(trained, tmp_path, capsys):
+    run = copied(trained, tmp_path)
+    assert main(["sample", str(run), "--n", "64", "--nfe", "1,2,10"]) == 0
+    table = capsys.readouterr().out
+    report = json.loads((run / "quality.json").read_text())
+    assert [result["nfe"] for result in report["results"]] == [1, 2, 10]
+    assert all(row["NFE"] in table for row in report["table"])
+    assert (run / "quality.png").exists() and (run / "quality.md").read_text().strip() in table
+    floors = {result["w2"]["floor"]["mean"] for result in report["results"]}
+    assert len(floors) == 1  # all meet the same points of the target
+
+
+def test_evaluate_writes_the_metrics_with_their_protocol(trained, tmp_path):
+    run = copied(trained, tmp_path)
+    assert main(["evaluate", str(run), "--n", "128", "--draws", "2"]) == 0
+    report = json.loads((run / "metrics.json").read_text())
+    result = report["results"][0]
+    assert result["protocol"]["n"] == 128 and result["protocol"]["draws"] == 2
+    assert result["w2"]["std"] is not None and result["w2"]["floor"]["mean"] > 0
+    assert {"modes_hit", "energy_distance", "sw2_squared"} <= set(result)
+    assert report["versions"]["gengrad"] == gengrad.__version__ and report["run"]["config"]["seed"] == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 300])
+def test_any_number_of_samples_can_be_drawn(trained, n):
+    assert gengrad.load(trained).sample(n, nfe=1).shape == (n, 2)
+
+
+def test_a_killed_save_leaves_a_flow_that_loads(trained, tmp_path):
+    """Between the description and the last rename the new weights lie under their waiting name."""
+    run = copied(trained, tmp_path)
+    (run / "flow.safetensors").rename(run / "flow.safetensors.next")
+    (run / "flow.safetensors").write_bytes(b"the weights of before")
+    assert torch.equal(gengrad.load(run).sample(5, nfe=2), gengrad.load(trained).sample(5, nfe=2))
+
+
+def test_weights_that_are_not_finite_are_never_published(trained, tmp_path):
+    flow = gengrad.load(trained)
+    with torch.no_grad():
+        next(flow.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        flow.save(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()

@@ -30,6 +30,7 @@ SMALLEST = (
 )  # logarithm of the least kernel entry beside its row's largest: denormals would slow every product
 LIMIT = 40.0  # largest move of one entry of s in one iteration (starved columns)
 NEWTON_AFTER, NEWTON_SIZE = 50, 4096  # fp64: Newton steps after so many sweeps, up to so many targets
+REACH = 16.0  # first and largest bound on what acceleration or Newton may move an entry of s by
 PATIENCE = 40  # checks without progress after which a solve gives up
 PROBES = 4  # directions through which the velocity is watched in high dimension
 
@@ -48,6 +49,12 @@ def product(x: Tensor, y: Tensor, products: str = "same") -> Tensor:
     if x.shape[0] == 1:
         return torch.mm(x[0], y[0].T)[None]
     return torch.bmm(x, y.mT)
+
+
+def shorten(step: Tensor, reach: Tensor) -> Tensor:
+    """The step (B, m), scaled down where an entry exceeds `reach` (B,): far clusters exchange mass exponentially in s."""
+    largest = step.abs().amax(-1).clamp_min(torch.finfo(step.dtype).tiny)
+    return step * (reach / largest).clamp_max(1.0)[:, None]
 
 
 class DenseKernel:
@@ -159,8 +166,8 @@ class Anderson:
         """Forget the window: the next step is a plain Sinkhorn iteration."""
         self.last, self.ds, self.dr = None, [], []
 
-    def step(self, s: Tensor, r: Tensor, c: Tensor) -> Tensor:
-        """The accelerated successor of s, given its residual r = log(b / c)."""
+    def step(self, s: Tensor, r: Tensor, c: Tensor, reach: Tensor) -> Tensor:
+        """The accelerated successor of s, given its residual r = log(b / c) and the reach (B,) of the extrapolation."""
         if self.last is not None:
             self.ds = [*self.ds, s - self.last[0]][-WINDOW:]
             self.dr = [*self.dr, r - self.last[1]][-WINDOW:]
@@ -174,7 +181,7 @@ class Anderson:
         trace = gram.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(1e-30)
         gram = gram + ridge * trace[:, None, None] * torch.eye(gram.shape[1], dtype=s.dtype, device=s.device)
         gamma = torch.linalg.solve(gram, torch.bmm(weighted, r[..., None]))
-        return s + r - torch.bmm(gamma.mT, ds + dr)[:, 0]
+        return s + r - shorten(torch.bmm(gamma.mT, ds + dr)[:, 0], reach)
 
 
 def gaussian_start(p: Problem, eps: Tensor) -> Tensor:
@@ -271,8 +278,8 @@ def solve_pair(
     """Anneal from eps 4^stages, then iterate at eps to a velocity error of `tol` relative, or `floor` (B,) absolute.
 
     z (B, m, p) are the targets through the probes, z_base (B, n, p) what the velocity subtracts (x, or the self map).
-    Between two checks the probe velocity moves by D while the residual falls by a factor q: the error left is taken
-    as D q / (1 - q), with q at least what `accelerated_rate` says of the slowest mode.
+    Every iteration must increase the semi-dual <b, s> - <a, log_row>, as Sinkhorn's own does; one that does not is
+    taken back for the plain iteration, and the reach of acceleration shrinks.
     """
     log_b = torch.log(b).clamp_min(-1e4)
     for k in range(stages, 0, -1):
@@ -280,52 +287,70 @@ def solve_pair(
         c, _ = kernel.at(e).sweep(psi / e[:, None] + log_b, a)
         psi = psi + e[:, None] * residual(b, c)
     kernel.at(eps)
-    s = psi / eps[:, None] + log_b
-    direct = s.dtype == torch.float64 and isinstance(kernel, DenseKernel) and s.shape[1] <= NEWTON_SIZE
-    newton, newton_from = False, stages + NEWTON_AFTER
-    anderson, best, shown, since, sweeps = Anderson(), None, None, 0, stages
-    error = least_error = torch.full_like(eps, math.inf)
-    idle = 0
+    s, sweeps, since = psi / eps[:, None] + log_b, stages, 0
     slack = 1e-5 if s.dtype == torch.float32 else 1e-12
+    direct = s.dtype == torch.float64 and isinstance(kernel, DenseKernel) and s.shape[1] <= NEWTON_SIZE
+    anderson, progress, reach = Anderson(), Progress(eps), torch.full_like(eps, REACH)
+    before, newton = None, False
     while True:
         c, log_row = kernel.sweep(s, a)
         sweeps += 1
         r = residual(b, c)
-        value = (b * s).sum(-1) - (a * log_row).sum(-1)  # the semi-dual, which Sinkhorn's iteration increases
-        wrong = None if best is None else value < best[1] - slack * (1 + best[1].abs())
-        if wrong is not None and bool(wrong.any()):
-            s, best = (
-                torch.where(wrong[:, None], best[0] + best[2], s),
-                None,
-            )  # retreat to the plain iteration
-            anderson.restart()
-            continue
+        value, size = (b * s).sum(-1) - (a * log_row).sum(-1), torch.sqrt((b * r.square()).sum(-1))
+        if before is not None:
+            wrong = value < before[1] - slack * (1 + before[1].abs())
+            reach = torch.where(wrong, reach / 4, (2 * reach).clamp_max(REACH))
+            if bool(wrong.any()):
+                s, before, newton = torch.where(wrong[:, None], before[0] + before[2], s), None, False
+                anderson.restart()
+                continue
         if sweeps - stages <= 3 or newton or since >= CHECK_EVERY or sweeps >= max_iter:
-            size, shot = torch.sqrt((b * r.square()).sum(-1)), kernel.average(s, z)
-            if shown is not None:
-                least = (
-                    torch.full_like(eps, 0.01)
-                    if newton
-                    else rates[0].clamp_min(0.25)
-                    if since < 2
-                    else (rates[1] ** since).clamp_min(0.5)
-                )
-                q = torch.maximum(size / shown[1].clamp_min(1e-30), least).clamp_max(0.999)
-                error = SAFETY * rms(shot - shown[0], a) * q / (1 - q)
-                speed, marginal = rms(shot - z_base, a), (c - b).abs().sum(-1)
-                good = (error <= torch.maximum(tol * speed, floor)) & (marginal <= max(2 * tol, 100 * slack))
-                if bool(good.all()):
-                    break
-                idle = 0 if bool((error < 0.9 * least_error).any()) else idle + 1
-                least_error = torch.minimum(error, least_error)
-            if sweeps >= max_iter or idle > PATIENCE:
+            shot, gap = kernel.average(s, z), torch.linalg.vector_norm(matvec(z.mT, c - b), dim=-1)
+            least = torch.full_like(eps, 0.01) if newton else rates[0] if since < 2 else rates[1] ** since
+            error = progress.error(
+                shot, size, a, least.clamp_min(0.01 if newton else 0.25 if since < 2 else 0.5), gap
+            )
+            good = error <= torch.maximum(tol * rms(shot - z_base, a), floor)
+            good &= (c - b).abs().sum(-1) <= max(2 * tol, 100 * slack)
+            if bool(good.all()) or sweeps >= max_iter or progress.idle > PATIENCE:
                 break
-            shown, since = (shot, size), 0
+            since = 0
         since += 1
-        best = (s, value, r)
-        newton = direct and sweeps >= newton_from and bool((torch.sqrt((b * r.square()).sum(-1)) < 1).all())
-        s = s + kernel.newton(s, a, b, c) if newton else anderson.step(s, r, c)
+        before = (s, value, r)
+        step = (
+            kernel.newton(s, a, b, c)
+            if direct and sweeps >= stages + NEWTON_AFTER and bool((size < 1).all())
+            else None
+        )
+        newton = step is not None and bool((step.abs().amax(-1) <= reach).all())
+        s = anderson.step(s, r, c, reach) if step is None else s + shorten(step, reach)
     return PairSolution(s, log_row, shot, sweeps, (c - b).abs().sum(-1), error)
+
+
+class Progress:
+    """The error estimate, from one look at the velocity to the next, and how long it has not improved."""
+
+    def __init__(self, eps: Tensor) -> None:
+        self.shot, self.idle = None, 0
+        self.best = self.best_size = torch.full_like(eps, math.inf)
+
+    def error(self, shot: Tensor, size: Tensor, a: Tensor, least: Tensor, gap: Tensor) -> Tensor:
+        """Estimated rms error (B,) of the barycentric map seen as `shot` (B, n, p), at a residual of rms `size`.
+
+        Since the last look the map moved by D while the residual fell by a factor q: what is left is taken as
+        D q / (1 - q). Slow modes hide from residuals, so q is at least `least`; and the error is no less than four times
+        its mean over the cloud, known exactly as `gap` = |sum_j (c_j - b_j) y_j|: mass still in the wrong cluster.
+        """
+        if self.shot is None:
+            error = torch.full_like(size, math.inf)
+        else:
+            q = torch.maximum(size / self.size.clamp_min(1e-30), least).clamp_max(0.999)
+            error = torch.maximum(SAFETY * rms(shot - self.shot, a) * q / (1 - q), 4 * gap)
+        better = (error < 0.9 * self.best) | (size < 0.9 * self.best_size)
+        self.idle = 0 if bool(better.any()) else self.idle + 1
+        self.best, self.best_size = torch.minimum(error, self.best), torch.minimum(size, self.best_size)
+        self.shot, self.size = shot, size
+        return error
 
 
 @dataclass

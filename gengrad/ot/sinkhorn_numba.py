@@ -20,6 +20,7 @@ from .sinkhorn_core import (
     LIMIT,
     MAX_LOG_SCALING,
     PATIENCE,
+    REACH,
     SAFETY,
     SMALLEST,
     STAGE_RATIO,
@@ -222,7 +223,7 @@ def solve_small(gram, rhs, k):
 
 
 @_jit
-def anderson_step(s, r, c, ds, dr, count):
+def anderson_step(s, r, c, ds, dr, count, reach):
     """s <- s + r - (dS + dR) gamma, gamma minimising |sqrt(c) (r - dR gamma)| (see `sinkhorn_core.Anderson`)."""
     m = s.shape[0]
     k = min(count, ds.shape[0])
@@ -244,12 +245,17 @@ def anderson_step(s, r, c, ds, dr, count):
     for p in range(k):
         gram[p, p] += 1e-6 * max(trace, 1e-30)
     solve_small(gram, rhs, k)
-    for j in range(m):
-        s[j] += r[j]
+    w[:] = F(0.0)
     for p in range(k):
         g = F(rhs[p])
         for j in range(m):
-            s[j] -= g * (ds[p, j] + dr[p, j])
+            w[j] += g * (ds[p, j] + dr[p, j])
+    longest = F(1e-37)
+    for j in range(m):
+        longest = largest(longest, F(abs(w[j])))
+    scale = F(min(reach / longest, 1.0))
+    for j in range(m):
+        s[j] += r[j] - scale * w[j]
 
 
 @_jit
@@ -262,6 +268,18 @@ def rms_gap(u, v, a):
             square += (u[i, q] - v[i, q]) ** 2
         total += a[i] * square
     return math.sqrt(total)
+
+
+@_jit
+def moment_gap(zt, c, b):
+    """|sum_j (c_j - b_j) z_j|: the mean error of the barycentric map, through the probes."""
+    square = 0.0
+    for q in range(zt.shape[0]):
+        total = F(0.0)
+        for j in range(b.shape[0]):
+            total += (c[j] - b[j]) * zt[q, j]
+        square += total * total
+    return math.sqrt(square)
 
 
 @_jit
@@ -291,7 +309,8 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
     ds, dr = np.empty((WINDOW, m), F), np.empty((WINDOW, m), F)
     shot, shown = np.empty((n, zt.shape[0]), F), np.empty((n, zt.shape[0]), F)
     count, since, sweeps, have_best, have_shown, fresh = -1, 0, 0, False, False, False
-    best, size_shown, error, speed, least_error, idle = 0.0, 0.0, 1e30, 0.0, 1e30, 0
+    reach = REACH
+    best, size_shown, error, speed, least_error, least_size, idle = 0.0, 0.0, 1e30, 0.0, 1e30, 1e30, 0
     while True:
         far = F(0.0)
         for j in range(m):
@@ -313,10 +332,12 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
             value += b[j] * s[j]
         for i in range(n):
             value -= a[i] * log_row[i]
+        if have_best:
+            reach = min(2 * reach, REACH)
         if have_best and value < best - 1e-5 * (1.0 + abs(best)):
             for j in range(m):
                 s[j] = s_best[j] + r_best[j]
-            have_best, count = False, -1
+            have_best, count, reach = False, -1, reach / 8
             continue
         if sweeps <= 3 or since >= CHECK_EVERY or sweeps >= max_iter:
             averages(kernel, v, zt, shot)
@@ -324,11 +345,11 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
             if have_shown:
                 least = max(plain, 0.25) if since < 2 else max(fast**since, 0.5)
                 q = min(max(size / max(size_shown, 1e-30), least), 0.999)
-                error = SAFETY * rms_gap(shot, shown, a) * q / (1.0 - q)
+                error = max(SAFETY * rms_gap(shot, shown, a) * q / (1.0 - q), 4 * moment_gap(zt, c, b))
                 if error <= max(tol * speed, floor) and marginal <= max(2 * tol, 1e-3):
                     break
-                idle = 0 if error < 0.9 * least_error else idle + 1
-                least_error = min(error, least_error)
+                idle = 0 if error < 0.9 * least_error or size < 0.9 * least_size else idle + 1
+                least_error, least_size = min(error, least_error), min(size, least_size)
             if sweeps >= max_iter or idle > PATIENCE:
                 break
             shown[:] = shot
@@ -345,7 +366,7 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
         count += 1
         s_old[:] = s
         r_old[:] = r
-        anderson_step(s, r, c, ds, dr, count)
+        anderson_step(s, r, c, ds, dr, count, reach)
     return v, sweeps, marginal, error, shot
 
 

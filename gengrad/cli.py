@@ -34,6 +34,8 @@ def guarded(command, given) -> int:
     """
     try:
         return command(given) or 0
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -83,7 +85,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the run's folder, the out=... of its training")
-    parser.add_argument("--n", type=positive, default=64, help="how many samples (default 64)")
+    parser.add_argument("--n", type=positive, default=None,
+                        help="how many samples (default 64); with several NFE, points per draw (default: the config's)")
     parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]",
                         help="network evaluations per sample; several give a table and a plot of quality")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,22 +155,24 @@ def sample(given) -> int:
         flow.cost(nfe, given.solver)  # an NFE that cannot be spent is refused before any work
     options = {"seed": given.seed, "chunk": given.chunk, "solver": given.solver}
     if len(nfes) > 1:
+        sampling.writable_folder(folder)
         settings = flow.info.get("config", {}).get("evaluate", {})
-        n, draws = settings.get("n", 4096), settings.get("draws", 3)
+        n, draws = given.n or settings.get("n", 4096), settings.get("draws", 3)
         target = sampling.target_of(flow)
         report = sampling.judge(flow, target, nfes, n=n, draws=draws, seed=given.seed, solver=given.solver)
         print(sampling.write_report(report, folder, "quality"))
         print(f"written: {folder / 'quality.md'}, {folder / 'quality.json'}, {folder / 'quality.png'}")
     if out or len(nfes) == 1:
-        drawn = flow.draw_samples(given.n, nfes[-1], **options)
-        print(f"{given.n} samples, {drawn.nfe:g} network evaluations each (counted), {drawn.seconds:.2f} s")
+        n = given.n or 64
+        drawn = flow.draw_samples(n, nfes[-1], **options)
+        print(f"{n} samples, {drawn.nfe:g} network evaluations each (counted), {drawn.seconds:.2f} s")
         if out:
             sampling.write_samples(drawn.x, out, flow, title=f"{drawn.nfe:g} network evaluations")
             print(f"written: {out}")
         elif film is None:
             print("nothing was written: give --out samples.npy, .pt or .png")
     if film:
-        path = flow.trajectory(min(given.n, 2000), nfes[-1], seed=given.seed, solver=given.solver)
+        path = flow.trajectory(min(given.n or 1000, 2000), nfes[-1], seed=given.seed, solver=given.solver)
         plotting.trajectory_gif(path, film, target=sampling.truth_of(flow, 2000))
         print(f"written: {film}")
     return 0
@@ -184,6 +189,7 @@ def evaluate(given) -> int:
         flow.cost(nfe, given.solver)
     asked = {key: getattr(given, key) for key in ("n", "draws", "seed")}
     chosen = {key: settings[key] if value is None else value for key, value in asked.items()}
+    sampling.writable_folder(Path(given.run))
     target = sampling.target_of(flow)
     report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
     print(sampling.write_report(report, Path(given.run), "metrics"))

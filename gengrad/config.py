@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 class EvaluateSettings(Settings):
     """The ``evaluate:`` section. ``nfe``: the numbers of network evaluations to judge, ``n`` the points a draw."""
 
-    nfe: list[int] = Field([5, 10], min_length=1)
+    nfe: list[Annotated[int, Field(ge=1)]] = Field([5, 10], min_length=1)
     n: int = Field(4096, ge=2)
     draws: int = Field(3, ge=1)
     seed: int = Field(0, ge=0)
@@ -96,7 +96,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     raw = parse_yaml(text, str(path))
     origins: dict[str, str] = {}
-    for override in overrides:
+    # names first: another name drops the settings of the class before, whatever the order they were typed in
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".name")):
         _override(raw, override, origins)
     return read_config(raw, str(path), origins)
 
@@ -120,13 +121,22 @@ def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
     if not sign or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form key=value, e.g. train.lr=1e-3")
     place = raw
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1]):
         if place.get(part) is None:
             place[part] = {}
+        elif depth == 0 and part in NAMED and isinstance(place[part], str):
+            place[part] = {"name": place[part]}
         place = place[part]
         if not isinstance(place, dict):
             raise ConfigError(f"override {override!r}: {part!r} is a value, it has no keys below it")
-    parsed = yaml.load(value, Loader=_Loader) if value else None
+    try:
+        parsed = yaml.load(value, Loader=_Loader) if value else None
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"override {override!r}: the value {value!r} is not valid YAML; quote it, e.g. '{key}=\"{value}\"'"
+        ) from None
+    if key.strip() in ("out", "init_from"):
+        parsed = None if parsed is None else value  # a path stays as it was typed, also when it looks like a number
     if parts[-1] == "name" and isinstance(place.get("name"), str) and place["name"] != parsed:
         place.clear()  # another class: the old one's settings do not belong to it
     place[parts[-1]] = parsed
@@ -219,9 +229,12 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":int", ":null"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE),

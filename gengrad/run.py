@@ -23,7 +23,7 @@ from gengrad.registry import DATASETS, METHODS, NETWORKS
 from gengrad.training.checkpoint import Checkpoint, CheckpointStore
 from gengrad.training.lock import RunLock
 from gengrad.training.loop import Outcome, Progress, Run, fit
-from gengrad.training.ranks import Ranks
+from gengrad.training.ranks import Ranks, together
 from gengrad.training.tracking import Tracker, read_metrics
 
 
@@ -37,16 +37,24 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
     ranks = Ranks.of_process_group()
     directory = Path(config.general.out)
     with RunLock(directory, ranks):
-        target, source = build_data(config.data, config.source)
-        method: Method = METHODS.build(config.method)
-        _check(config, target, accelerator.num_processes)
+        parts: list = []
+
+        def build() -> None:
+            target, source = build_data(config.data, config.source)
+            method: Method = METHODS.build(config.method)
+            _check(config, method, target, accelerator.num_processes)
+            parts.extend((target, source, method))
+
+        # a file that one process cannot read ends all of them, with one message
+        together(ranks, build, (ConfigError, OSError, ValueError))
+        target, source, method = parts
         store = CheckpointStore(directory / "checkpoints", keep=config.train.keep_checkpoints, ranks=ranks)
         found = store.load_latest()
         tracker = Tracker(directory, accelerator.is_main_process, quiet)
         if found is not None:
             _same_config(found, config)
         flow = Flow(source) if found is None else Flow.rebuild(**found.shared["flow"]).to(accelerator.device)
-        problem = _problem(config, source, target, accelerator)
+        problem = _problem(config, source, target, accelerator, fresh=found is None)
         run = Run(
             directory=directory,
             accelerator=accelerator,
@@ -63,6 +71,8 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
         outcome = fit(method.stages(problem, flow), flow, config.train, run, found)
         if accelerator.is_main_process:
             _farewell(flow, target, config, outcome, tracker, again)
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
     return outcome
 
 
@@ -80,10 +90,12 @@ def _accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision=precision)
 
 
-def _problem(config: RunConfig, source: Distribution, target: Distribution, accelerator: Accelerator) -> Problem:
-    """What the method is asked; its networks start from ``init_from`` where the config says so."""
+def _problem(
+    config: RunConfig, source: Distribution, target: Distribution, accelerator: Accelerator, fresh: bool
+) -> Problem:
+    """What the method is asked; the networks of a ``fresh`` run start from ``init_from`` where the config says so."""
     made: list[torch.nn.Module] = []
-    start = load(config.general.init_from) if config.general.init_from else None
+    start = load(config.general.init_from) if config.general.init_from and fresh else None
     networks = [t.network for t in start.transports if hasattr(t, "network")] if start else []
 
     def make_network() -> torch.nn.Module:
@@ -119,17 +131,13 @@ def _take_weights(network: torch.nn.Module, networks: list, number: int, config:
         raise ConfigError(f"{where}: its network does not fit this config's `network:` section ({detail})") from None
 
 
-def _check(config: RunConfig, target: Distribution, world: int) -> None:
+def _check(config: RunConfig, method: Method, target: Distribution, world: int) -> None:
     """Refuses what the schema cannot see: sizes against the data and the number of processes."""
-    sizes = {"train.batch_size": config.train.batch_size}
-    for key in ("ot_batch", "target_batch"):
-        if config.method.get(key) is not None:
-            sizes[f"method.{key}"] = config.method[key]
     problems = []
-    for key, size in sizes.items():
+    for key, (size, shared) in {"train.batch_size": (config.train.batch_size, True), **method.batches()}.items():
         if len(target) and size > len(target):
             problems.append(f"{key}={size} is larger than the data, which have {len(target)} training points")
-        if size % world:
+        if shared and size % world:
             problems.append(f"{key}={size} does not divide by the {world} processes")
     some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
     if (some == some[0]).all():
@@ -189,7 +197,9 @@ def _yaml(config: RunConfig) -> str:
 def _announce(
     problem: Problem, config: RunConfig, accelerator: Accelerator, tracker: Tracker, found: Checkpoint | None
 ) -> None:
-    size = sum(p.numel() for p in NETWORKS.build(config.network, event_shape=problem.target.event_shape).parameters())
+    with torch.device("meta"):  # counted without drawing or holding a weight
+        network = NETWORKS.build(config.network, event_shape=tuple(problem.target.event_shape))
+    size = sum(p.numel() for p in network.parameters())
     train, world = config.train, accelerator.num_processes
     lines = [
         f"gengrad {gengrad.__version__}: {config.method['name']}, {config.source['name']} -> {config.data['name']}",
@@ -199,6 +209,8 @@ def _announce(
         f"  steps     {train.steps:,}, a checkpoint every {train.checkpoint_every:,}",
         f"  output    {config.general.out}",
     ]
+    if config.data.get("normalise"):
+        lines.append("  units     the data are normalised, and so are the samples; data.Array.restore undoes it")
     if found is not None:
         progress = Progress(**found.shared["progress"])
         lines.append(f"  goes on   at step {progress.total:,} (stage {progress.stage + 1}), from {found.path}")
@@ -233,9 +245,11 @@ def _farewell(
     rows = read_metrics(out)
     if rows:
         plotting.save(plotting.loss_curve(rows), Path(out) / "pictures" / "loss.png")
+    truth = None if target.is_image else target.sample(2000, generator_for(0, "preview"))
+    path = flow.trajectory(36 if target.is_image else 2000, nfe=config.evaluate.nfe[-1], seed=0)
+    plotting.save(plotting.snapshots(path, target=truth), Path(out) / "pictures" / "on_the_way.png")
     if not target.is_image:
-        path = flow.trajectory(500, nfe=config.evaluate.nfe[-1], seed=0)
-        plotting.save(plotting.trajectory_figure(path), Path(out) / "pictures" / "trajectory.png")
+        plotting.save(plotting.trajectory_figure(path[:, :500], target=truth), Path(out) / "pictures" / "paths.png")
     skipped = f", {outcome.progress.skipped} steps skipped as not finite" if outcome.progress.skipped else ""
     tracker.say(f"done: {outcome.progress.total:,} steps in {outcome.seconds:.0f} s{skipped}; picture: {picture}")
     suffix = "png" if target.is_image else "npy"

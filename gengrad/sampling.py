@@ -45,6 +45,13 @@ def writable(path: Path, endings: tuple[str, ...]) -> Path:
     return path
 
 
+def writable_folder(folder: Path) -> Path:
+    """``folder`` if reports can be written there; raises ``PermissionError`` before any work is done."""
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write the report in {folder}: the folder is not writable")
+    return folder
+
+
 def write_samples(samples: Tensor, path: Path, flow: Flow, title: str = "") -> None:
     """Samples (n, *event) as an array (.npy), a tensor (.pt) or a picture (.png), written atomically."""
     if path.suffix == ".npy":
@@ -66,7 +73,10 @@ def truth_of(flow: Flow, n: int) -> Tensor | None:
     """Points of the flow's target to draw beside its samples, where it is known and they are points."""
     if flow.is_image or "config" not in flow.info:
         return None
-    return target_of(flow).sample(n, generator_for(0, "preview"))
+    try:
+        return target_of(flow).sample(n, generator_for(0, "preview"))
+    except (OSError, ValueError):  # a data file that is not here: the samples are drawn without it
+        return None
 
 
 def judge(

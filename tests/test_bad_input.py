@@ -65,6 +65,9 @@ CASES = {
         "train {config} train.lr=-1 method.ot_batch=1 seed=x", ["3 mistakes", "train.lr", "method.ot_batch", "seed"]
     ),
     "override without value": Case("train {config} train.steps", ["key=value", "'train.steps'"]),
+    "override that is no YAML": Case("train {config} data.path=[x", ["data.path=[x", "quote it"]),
+    "no evaluations to judge": Case("train {config} evaluate.nfe=[0]", ["evaluate.nfe.0", "greater than or equal"]),
+    "odd channels": Case("train {config} network.name=unet network.channels=5", ["network.channels", "multiple of 2"]),
     "override below a value": Case("train {config} data.name.x=1", ["'name' is a value"]),
     "missing config": Case("train {tmp}/run.yml", ["no config file", "Did you mean", "run.yaml"]),
     "config is a folder": Case("train {tmp}", ["cannot read the config"]),
@@ -106,7 +109,7 @@ CASES = {
         "sample {copy}", ["flow.json", "damaged"], spoil=lambda run: (run / "flow.json").write_text("{")
     ),
     "a newer format": Case("sample {copy}", ["format 99", "reads 1"], spoil=raise_the_format),
-    "weights of another network": Case("sample {copy}", ["does not hold a flow"], spoil=other_network),
+    "an edited description": Case("sample {copy}", ["flow.json", "edited"], spoil=other_network),
     # sampling
     "nfe 0": Case("sample {run} --nfe 0", ["--nfe", "at least 1"]),
     "nfe that is no number": Case("sample {run} --nfe five", ["--nfe", "'five'"]),
@@ -132,8 +135,9 @@ def write(folder: Path, name: str, content) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_gives_one_message_and_exit_code_2(name, tmp_path, small, trained, capsys):
+def test_a_mistake_gives_one_message_and_exit_code_2(name, tmp_path, small, trained, capsys, monkeypatch):
     case = CASES[name]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # also on a machine that has one
     config, copy = small("run"), tmp_path / "copy"
     for file, content in case.files.items():
         write(tmp_path, file, content)

@@ -64,6 +64,25 @@ def test_another_name_on_the_command_line_drops_the_old_settings(tmp_path):
     assert config.method == {"name": "flow_matching", "coupling": "minibatch_ot"}
 
 
+def test_the_order_of_overrides_does_not_matter(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "data": "moons"}))
+    words = ["method.coupling=minibatch_ot", "method.name=flow_matching", "data.noise=0.2"]
+    one, two = load_config(path, words), load_config(path, words[::-1])
+    assert one == two
+    assert one.method["coupling"] == "minibatch_ot" and one.data == {"name": "moons", "noise": 0.2}
+
+
+def test_words_that_yaml_1_1_would_bend_stay_what_they_are(tmp_path):
+    assert parse_yaml("a: no\nb: on\nc: 010\nd: 1:30\ne: true", "t") == {
+        "a": "no", "b": "on", "c": 10, "d": "1:30", "e": True,
+    }  # fmt: skip
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = load_config(path, ["train.precision=no", "out=2024"])
+    assert config.train.precision == "no" and config.general.out == "2024"
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1e-4", "1.0e-4", "0.0001", ".0001"])
 def test_numbers_are_numbers_however_they_are_written(text):
     assert parse_yaml(f"a: {text}", "t") == {"a": 1e-4}

@@ -33,8 +33,9 @@ def test_two_processes_end_where_one_ends_after_100_steps(method, small, tmp_pat
     # the sums over the batch are taken in another order; Adam makes 1e-5 of that in 100 steps (5-reliability.md)
     for key in a:
         assert (a[key] - b[key]).norm() <= 1e-5 * a[key].norm(), key
-    losses = zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"))
-    assert all(abs(x["loss"] - y["loss"]) <= 1e-5 * x["loss"] for x, y in losses)
+    first, second = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [row["step"] for row in first] == [row["step"] for row in second] == list(range(10, 101, 10))
+    assert all(abs(x["loss"] - y["loss"]) <= 1e-5 * x["loss"] for x, y in zip(first, second))
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused_once(small):
@@ -53,6 +54,8 @@ def test_two_processes_resume_bit_for_bit(small, tmp_path):
     for file in newest.iterdir():
         file.unlink()
     newest.rmdir()
-    assert train_on_two(str(half)).returncode == 0
+    again = train_on_two(str(half))
+    assert again.returncode == 0 and "goes on   at step 8" in again.stdout
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "half")
     a, b = (load_file(tmp_path / name / "flow.safetensors") for name in ("whole", "half"))
     assert all((a[key] == b[key]).all() for key in a)

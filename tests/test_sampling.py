@@ -61,10 +61,11 @@ def copied(trained, tmp_path):
 
 def test_several_nfe_give_a_table_a_plot_and_the_protocol(trained, tmp_path, capsys):
     run = copied(trained, tmp_path)
-    assert main(["sample", str(run), "--n", "64", "--nfe", "1,2,10"]) == 0
+    assert main(["sample", str(run), "--n", "70", "--nfe", "1,2,10"]) == 0
     table = capsys.readouterr().out
     report = json.loads((run / "quality.json").read_text())
     assert [result["nfe"] for result in report["results"]] == [1, 2, 10]
+    assert report["results"][0]["protocol"]["n"] == 70
     assert all(row["NFE"] in table for row in report["table"])
     assert (run / "quality.png").exists() and (run / "quality.md").read_text().strip() in table
     floors = {result["w2"]["floor"]["mean"] for result in report["results"]}
@@ -93,6 +94,35 @@ def test_a_killed_save_leaves_a_flow_that_loads(trained, tmp_path):
     (run / "flow.safetensors").rename(run / "flow.safetensors.next")
     (run / "flow.safetensors").write_bytes(b"the weights of before")
     assert torch.equal(gengrad.load(run).sample(5, nfe=2), gengrad.load(trained).sample(5, nfe=2))
+
+
+def test_two_killed_saves_in_a_row_leave_a_flow_that_loads(trained, tmp_path, monkeypatch):
+    """The first dies before its last rename, the second before its description."""
+    from gengrad.flows import flow as module
+
+    run, new = copied(trained, tmp_path), gengrad.load(trained)
+    with torch.no_grad():
+        next(new.parameters()).add_(1.0)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", kill)
+        patch.setattr(module, "write_atomically", lambda path, content: path.write_bytes(content))
+        patch.setattr(module, "write_json", lambda path, value: path.write_text(json.dumps(value)))
+        with pytest.raises(Killed):
+            new.save(run)
+    expected = new.sample(5, nfe=2)
+    assert torch.equal(gengrad.load(run).sample(5, nfe=2), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", kill)
+        with pytest.raises(Killed):
+            gengrad.load(trained).save(run)
+    assert torch.equal(gengrad.load(run).sample(5, nfe=2), expected)
 
 
 def test_weights_that_are_not_finite_are_never_published(trained, tmp_path):

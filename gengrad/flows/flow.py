@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import time
@@ -204,8 +206,10 @@ class Flow(nn.Module):
             raise ValueError(f"the flow's weights are not finite in {', '.join(broken[:3])}; it is not saved")
         directory.mkdir(parents=True, exist_ok=True)
         waiting = directory / (WEIGHTS + WAITING)
+        _finish_rename(directory, waiting)
         write_atomically(waiting, tensors_to_bytes(tensors))
-        write_json(directory / DESCRIPTION, {**self.describe(), "sha256": sha256_of(waiting)})
+        description = {**self.describe(), "sha256": sha256_of(waiting)}
+        write_json(directory / DESCRIPTION, {**description, "seal": _seal(description)})
         os.replace(waiting, directory / WEIGHTS)
 
 
@@ -224,18 +228,34 @@ def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Fl
         )
     try:
         description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-        version, digest = description["format"], description["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, digest, seal = description["format"], description["sha256"], description.pop("seal")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / DESCRIPTION} is damaged ({error!r}); train again or restore the file") from None
     if version != FORMAT:
         raise ValueError(
             f"{directory / DESCRIPTION} has format {version}; this gengrad {gengrad.__version__} reads {FORMAT}"
         )
+    if seal != _seal(description):
+        raise ValueError(f"{directory / DESCRIPTION} is damaged or was edited; train again or restore the file")
     content = _weights(directory, digest)
     try:
         return Flow.rebuild(description, load_tensors(content)).to(device)
-    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{directory} does not hold a flow that this version can build: {error}") from None
+
+
+def _seal(description: dict) -> str:
+    """SHA-256 of a description, so that an altered solver or time is seen like an altered weight."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _finish_rename(directory: Path, waiting: Path) -> None:
+    """Completes a save that was killed before its last rename, or the weights of the present description would go."""
+    if waiting.exists() and (directory / DESCRIPTION).exists():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["sha256"]
+            if sha256_of(waiting) == described:
+                os.replace(waiting, directory / WEIGHTS)
 
 
 def _weights(directory: Path, digest: str) -> bytes:

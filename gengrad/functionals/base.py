@@ -49,6 +49,9 @@ class Functional(Configured, ABC):
 
     __rmul__ = __mul__
 
+    def __radd__(self, other) -> Functional:
+        return self if other == 0 else NotImplemented  # so that sum([F, G]) works
+
 
 class Sum(Functional):
     """F(x) = sum_k w_k F_k(x) with the velocities summed likewise; what ``a * F + b * G`` returns."""
@@ -63,7 +66,9 @@ class Sum(Functional):
 
     def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
         memory = {} if memory is None else memory
-        parts = memory.setdefault("terms", [{} for _ in self.terms])
+        if len(memory.get("terms", ())) != len(self.terms):  # the first step, or another sum than before
+            memory["terms"] = [{} for _ in self.terms]
+        parts = memory["terms"]
         total = sum(w * term.velocity(x, part) for (w, term), part in zip(self.terms, parts))
         memory["log"] = {key: value for part in parts for key, value in part.get("log", {}).items()}
         return total

@@ -20,6 +20,8 @@ class SinkhornDivergence(Functional):
 
     target: (m, *event) samples of nu. ``epsilon`` is absolute, in units of the cost; without it
     epsilon = ``epsilon_rel`` x the mean cost between x and the target. ``tol``: relative error of the velocity.
+    With ``epsilon_rel`` the strength follows the particles: the velocity is the gradient at that epsilon held fixed,
+    and values at different x are of slightly different functionals. Give ``epsilon`` to compare values along a flow.
     """
 
     class Config(Settings):
@@ -37,13 +39,11 @@ class SinkhornDivergence(Functional):
 
     def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
         c, memory = self.config, {} if memory is None else memory
+        before = memory.get("sinkhorn")
+        if before is not None and len(before.g) != len(self.target):
+            before = None  # the caller changed to a target batch of another size
         result = sinkhorn_velocity(
-            x.flatten(1),
-            self.target,
-            epsilon=c.epsilon,
-            epsilon_rel=c.epsilon_rel,
-            tol=c.tol,
-            warm_start=memory.get("sinkhorn"),
+            x.flatten(1), self.target, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol, warm_start=before
         )
         memory["sinkhorn"] = result
         memory["log"] = sinkhorn_log(result)
@@ -94,6 +94,8 @@ def _mean_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def _mean_direction(x: Tensor, y: Tensor) -> Tensor:
     """mean_j (x_i - y_j) / |x_i - y_j|, with 0 where the points coincide; shape of x."""
+    centre = y.mean(0)  # the product form below loses the digits that all points share
+    x, y = x - centre, y - centre
     distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     weight = torch.where(distance > 0, 1 / distance, 0.0)
     return (x * weight.sum(1, keepdim=True) - weight @ y) / len(y)

@@ -74,6 +74,10 @@ class Stage(ABC):
 class Method(Configured, ABC):
     """How a transport is learned. One file, one class, its ``Config`` the schema of ``method:`` in the YAML."""
 
+    def batches(self) -> dict[str, tuple[int, bool]]:
+        """Batches it takes besides ``train.batch_size``: key -> (size, whether the processes share it out)."""
+        return {}
+
     @abstractmethod
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         """The stages in order; when the next one is asked for, ``flow`` holds the transports of those before."""

@@ -33,20 +33,25 @@ class NSGF(Method):
     class Config(Settings):
         # euler: particles are moved and the plan solved again at each step (the paper); geodesic: solved once at the
         # source, straight from there, flow_steps times cheaper
-        pool: Literal["euler", "geodesic"] = "euler"
+        pool: Literal["euler", "geodesic"] = "geodesic"
         flow_steps: int = Field(5, ge=1)
         # mean: the debiased barycentric velocity of the theory; sample: towards a target point drawn from the plan's
         # row. Drawn targets never lie between two modes and have the target's law exactly, so they need no self term
-        target: Literal["mean", "sample"] = "mean"
+        target: Literal["mean", "sample"] = "sample"
         epsilon: float | None = Field(None, gt=0)  # absolute, in units of |x - y|^2 / 2; overrides epsilon_rel
-        epsilon_rel: float = Field(0.05, gt=0)  # in units of the mean cost of the batch pair
+        epsilon_rel: float = Field(0.02, gt=0)  # in units of the mean cost of the batch pair
         tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
-        ot_batch: int = Field(1024, ge=2)  # source points in each Sinkhorn problem
+        ot_batch: int = Field(256, ge=2)  # source points in each Sinkhorn problem
         target_batch: int | None = Field(None, ge=2)  # target points in it; none: as many
-        uses: int = Field(2, ge=1)  # how often each path is trained on before it leaves the pool
+        uses: int = Field(1, ge=1)  # how often each path is trained on before it leaves the pool
         pool_batches: int = Field(1, ge=1)  # OT batches that the pool mixes
         pool_memory_mb: int = Field(1024, ge=1)
         ot_scope: Literal["global", "rows", "local"] = "global"
+
+    def batches(self) -> dict[str, tuple[int, bool]]:
+        c = self.config
+        found = {"method.ot_batch": (c.ot_batch, c.ot_scope != "global")}
+        return found | {"method.target_batch": (c.target_batch or c.ot_batch, c.ot_scope == "local")}
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield SinkhornStage(problem, self.config)
@@ -117,7 +122,8 @@ class SinkhornStage(Stage):
         x = self._take(self.source, number, c.ot_batch, rank, world)
         alone = c.ot_scope == "local"
         y = self._take(self.target, number, c.target_batch or c.ot_batch, rank if alone else 0, world if alone else 1)
-        return self._flow(x, y, generator_for(self.problem.seed, "train/plan", number, rank))
+        seed = generator_for(self.problem.seed, "train/plan", number, rank).initial_seed()
+        return self._flow(x, y, torch.Generator(self.problem.device).manual_seed(seed))
 
     def _take(self, stream: Stream, number: int, size: int, rank: int, world: int) -> Tensor:
         """A process's share of batch ``number`` of a stream cut into batches of ``size``."""
@@ -127,7 +133,8 @@ class SinkhornStage(Stage):
     def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock."""
         c, shape, y = self.config, x.shape, y.flatten(1)
-        x, states, solved = x.flatten(1), [x], None
+        x = x.flatten(1)
+        states, solved = [x], None
         for eta in geodesic_taus(self.times.tolist()):
             solved = sinkhorn_velocity(
                 x,

@@ -49,7 +49,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, head_size: int = 32):
         super().__init__()
-        self.heads = max(1, channels // head_size)
+        self.heads = next(h for h in range(max(1, channels // head_size), 0, -1) if channels % h == 0)
         self.norm = groups(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -72,7 +72,7 @@ class UNet(nn.Module, Configured):
     """
 
     class Config(Settings):
-        channels: int = Field(32, ge=4)
+        channels: int = Field(32, ge=4, multiple_of=2)  # even: the time embedding has a sine and a cosine each
         multipliers: list[int] = Field([1, 2], min_length=1)
         blocks: int = Field(1, ge=1)
         attention: bool = True

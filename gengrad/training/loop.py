@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gengrad.data.draws import generator_for
+from gengrad.files import SaveError
 from gengrad.flows.flow import Flow
 from gengrad.methods.base import Part, Stage
 from gengrad.registry import Settings
@@ -27,6 +28,7 @@ from gengrad.training.checkpoint import (
 )
 from gengrad.training.ema import EMA
 from gengrad.training.interrupt import Interrupts
+from gengrad.training.ranks import together
 from gengrad.training.schedule import learning_rate
 from gengrad.training.tracking import Tracker
 
@@ -90,6 +92,12 @@ class Run:
     preview: Callable[[Flow, Progress], None] | None = None
     progress: Progress = field(default_factory=Progress)
 
+    def way_out(self) -> str:
+        """What a user can do after a divergence, and what there is to go on from."""
+        kept = (self.directory / "flow.json").exists()
+        start = f" and, to keep what was learned until then, init_from={self.directory}" if kept else ""
+        return f"Start again with a lower train.lr or train.grad_clip and another out=...{start}, or look at the data."
+
 
 def fit(stages: Iterable[Stage], flow: Flow, settings: TrainSettings, run: Run, found: Checkpoint | None) -> Outcome:
     """Trains the stages in order, each adding its transport to ``flow``; goes on from ``found`` where there is one.
@@ -100,14 +108,18 @@ def fit(stages: Iterable[Stage], flow: Flow, settings: TrainSettings, run: Run, 
     started = time.perf_counter()
     if found is not None:
         run.progress = Progress(**found.shared["progress"])
-        run.tracker.cut(found.shared["metrics_position"])
+    run.tracker.cut(found.shared["metrics_position"] if found is not None else 0)
+    trained = False
     with Interrupts() as interrupts:
         for number, stage in enumerate(stages):
             if number < run.progress.stage:
                 continue  # its transport is in the flow already
+            trained = True
             if not _fit_stage(stage, flow, settings, run, found, interrupts):
                 return Outcome(False, interrupts.signal, run.progress, time.perf_counter() - started)
             found = None
+    if not trained:  # a kill may have come between the last checkpoint and its publication
+        _publish(lambda: run.publish(flow, run.progress), run)
     return Outcome(True, None, run.progress, time.perf_counter() - started)
 
 
@@ -138,8 +150,8 @@ class _Fitter:
                 progress.step, stage.steps, settings.lr, settings.warmup, settings.lr_decay
             )
         self.optimizer.zero_grad(set_to_none=True)
-        with run.accelerator.autocast():
-            loss, logs = stage.objective(self.networks, part, generator)
+        # `prepare` has wrapped the networks' forward for mixed precision; transport problems keep full precision
+        loss, logs = stage.objective(self.networks, part, generator)
         run.accelerator.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.named.values(), settings.grad_clip)
         # the gradient is averaged over processes, so its norm tells all of them the same; the loss does not
@@ -151,6 +163,15 @@ class _Fitter:
         self.optimizer.step()
         self.ema.update(stage.networks, progress.step)
         return loss.detach(), norm.detach(), logs
+
+    def check_finite(self, run: Run) -> None:
+        """Raises ``TrainingStopped`` where a weight is not finite: such a state is never committed."""
+        for name, parameter in self.named.items():
+            if not parameter.isfinite().all():
+                raise TrainingStopped(
+                    f"stage {self.stage.name!r}: the weights {name} are not finite after step {run.progress.step}; "
+                    f"nothing of this step is saved. {run.way_out()}"
+                )
 
     def state(self) -> dict:
         return {
@@ -195,7 +216,8 @@ def _fit_stage(
         if stopping:
             tracker.finish()
             return False
-        if run.preview and settings.preview_every and progress.step % settings.preview_every == 0:
+        due = settings.preview_every and progress.step % settings.preview_every == 0
+        if run.preview and due and run.accelerator.is_main_process:
             _with_current(fitter, flow, run.preview, progress)
     flow.transports.append(stage.transport(fitter.ema.networks))
     run.progress = Progress(progress.stage + 1, 0, progress.total, 0, progress.skipped)
@@ -214,12 +236,11 @@ def _count_skip(fitter: _Fitter, flow: Flow, run: Run) -> None:
     )
     if progress.skips < MOST_SKIPS:
         return
-    replay = run.directory / "replay"
+    replay, advice = run.directory / "replay", run.way_out()
     CheckpointStore(replay, keep=2, ranks=run.store.ranks).save(progress.total, _shared_state(fitter, flow, run))
     raise TrainingStopped(
         f"stage {fitter.stage.name!r}, step {progress.step}: loss or gradient was not finite {MOST_SKIPS} times in a "
-        f"row. Lower train.lr or train.grad_clip, or look at the data. Kept: the checkpoints in "
-        f"{run.store.directory}, the state of this step in {replay}; the published flow is the last finite one"
+        f"row. {advice} The state after this step is in {replay}"
     )
 
 
@@ -256,18 +277,22 @@ def _shared_state(fitter: _Fitter | None, flow: Flow, run: Run) -> dict:
 def _commit(fitter: _Fitter | None, flow: Flow, run: Run) -> None:
     """Saves a checkpoint on all processes, then publishes the flow as it stands."""
     rank_state = {"stage": fitter.stage.state()} if fitter is not None else {}
+    if fitter is not None:
+        fitter.check_finite(run)
     run.store.save(run.progress.total, _shared_state(fitter, flow, run), rank_state)
-    if run.accelerator.is_main_process:
-        if fitter is None:
-            run.publish(flow, run.progress)
-        else:
-            _with_current(fitter, flow, run.publish, run.progress)
+    if fitter is None:
+        _publish(lambda: run.publish(flow, run.progress), run)
+    else:
+        _publish(lambda: _with_current(fitter, flow, run.publish, run.progress), run)
+
+
+def _publish(write: Callable[[], None], run: Run) -> None:
+    """Lets the main process write; where it cannot, every process raises the same error."""
+    together(run.store.ranks, write if run.accelerator.is_main_process else lambda: None, (SaveError, ValueError))
 
 
 def _with_current(fitter: _Fitter, flow: Flow, use: Callable[[Flow, Progress], None], progress: Progress) -> None:
-    """Calls ``use`` with the flow as if the current stage ended here; on the main process only."""
-    if not fitter.run.accelerator.is_main_process:
-        return
+    """Calls ``use`` with the flow as if the current stage ended here."""
     flow.transports.append(fitter.stage.transport(fitter.ema.networks))
     try:
         use(flow, progress)

@@ -87,6 +87,14 @@ def test_the_euler_pool_follows_the_particle_flow_of_the_sinkhorn_divergence():
     assert torch.allclose(stage._pool._paths[0], truth.states, atol=3e-2 * truth.velocities.abs().max())
 
 
+@pytest.mark.parametrize("pool", ["euler", "geodesic"])
+@pytest.mark.parametrize("target", ["mean", "sample"])
+def test_images_are_moved_as_images(pool, target):
+    stage = stage_of(NSGF(ot_batch=32, pool=pool, target=target, flow_steps=2), target="digits", batch_size=16)
+    assert loss_at(stage, size=16).isfinite()
+    assert stage._pool._paths[0].shape[1:] == (32, 1, 8, 8)
+
+
 def test_the_geodesic_pool_solves_once_and_goes_straight():
     stage = stage_of(NSGF(ot_batch=64, target_batch=64, pool="geodesic", flow_steps=5))
     loss_at(stage)

@@ -2,10 +2,11 @@
 
 from .exact import exact_assignment, exact_plan, wasserstein2
 from .gaussian import bures_map, gaussian_entropic_cost, gaussian_w2
-from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_velocity
+from .sinkhorn import MAX_MEMORY, SinkhornResult, sinkhorn, sinkhorn_velocity
 from .sinkhorn_divergence import sinkhorn_divergence
 
 __all__ = [
+    "MAX_MEMORY",
     "SinkhornResult",
     "bures_map",
     "exact_assignment",

@@ -115,23 +115,25 @@ def _warm(problem: Problem, warm: SinkhornResult | None, debias: bool) -> tuple[
 def _result(p: Problem, r: Solution, backend: str) -> SinkhornResult:
     """Back to the caller's coordinates and shapes, with a warning where a tolerance was missed."""
     if not bool(r.converged.all()):
-        worst = int(torch.where(r.converged, 0.0, r.velocity_error).argmax())
+        errors = torch.where(r.converged, 0.0, r.velocity_error).reshape(-1)
+        worst = int(errors.argmax())
         log.warning(
             "sinkhorn: %d of %d problems missed the tolerance; the worst (number %d) has an estimated velocity error "
             "of %.2g after %d iterations at epsilon %.3g. Raise max_iter or epsilon, loosen tol, or use float64.",
-            int((~r.converged).sum()), len(r.converged), worst, float(r.velocity_error[worst]),
-            int(r.iterations[worst]), float(p.eps[worst]),
+            int((~r.converged).sum()), len(errors), worst, float(errors[worst]),
+            int(r.iterations.reshape(-1)[worst]), float(p.eps[worst]),
         )  # fmt: skip
-    named = dict(vars(r), epsilon=p.eps, _x=p.x, _y=p.y, _b=p.b)
-    if backend == "torch":  # the fused path has done so already
-        named["target"] = p.back(r.target)
-        named["self_target"] = None if r.self_target is None else p.back(r.self_target)
-    if named["self_target"] is p.x:
-        named["self_target"] = p.x.clone()  # a skipped self map: no alias of the caller's points
-    if p.single:
-        named = {k: None if t is None else t[0] for k, t in named.items()}
-    versions = (named["_x"]._version, named["_y"]._version)
-    return SinkhornResult(**named, backend=backend, _versions=versions)
+    x, y, b, eps = (p.x[0], p.y[0], p.b[0], p.eps[0]) if p.single else (p.x, p.y, p.b, p.eps)
+    named = vars(r)
+    if backend == "torch" and p.centre is not None:  # the fused path is back already
+        centre = p.centre[0] if p.single else p.centre
+        named["target"] = r.target + centre
+        named["self_target"] = None if r.self_target is None else r.self_target + centre
+    elif r.self_target is not None and r.self_target.data_ptr() == x.data_ptr():
+        named["self_target"] = x.clone()  # a skipped self map: no alias of the caller's points
+    return SinkhornResult(
+        **named, epsilon=eps, backend=backend, _x=x, _y=y, _b=b, _versions=(x._version, y._version)
+    )
 
 
 @torch.no_grad()

@@ -283,9 +283,10 @@ def moment_gap(zt, c, b):
 
 
 @_jit
-def anneal(dot, x, yt, psi, log_b, eps, a, b, row, stages):
-    """One Sinkhorn iteration at each of eps 4^stages, ..., eps 4, on psi in place."""
+def anneal(dot, x, yt, psi, log_b, eps, a, b, stages):
+    """One Sinkhorn iteration at each of eps 4^stages, ..., eps 4, from psi; returns s at eps."""
     m = b.shape[0]
+    row = np.empty((1, m), F)
     c, r, s, log_row = np.empty(m, F), np.empty(m, F), np.empty(m, F), np.empty(a.shape[0], F)
     for k in range(stages, 0, -1):
         e = F(eps * STAGE_RATIO**k)
@@ -295,6 +296,9 @@ def anneal(dot, x, yt, psi, log_b, eps, a, b, row, stages):
         residual(b, c, r)
         for j in range(m):
             psi[j] += e * r[j]
+    for j in range(m):
+        s[j] = psi[j] / F(eps) + log_b[j]
+    return s
 
 
 @_jit
@@ -414,7 +418,7 @@ def symmetric_times(kernel, u, out):
 def solve_self(kernel, u, a, spread, goal, residual_goal, max_iter):
     """u <- u (a / (u K u))^(2/3) in place; see `sinkhorn_core.solve_self`.
 
-    Returns K u, the iterations, the error, and the plan's total mass.
+    Returns K u, the iterations, the error, the plan's total mass, and the mean diagonal of its normalised rows.
     """
     n = a.shape[0]
     ku, r = np.empty(n, F), np.empty(n, F)
@@ -431,9 +435,22 @@ def solve_self(kernel, u, a, spread, goal, residual_goal, max_iter):
             size += a[i] * r[i] * r[i]
         size = F(math.sqrt(size))
         if k >= max_iter or (size * spread <= goal and size <= residual_goal):
-            return ku, k, size * spread, total
+            diagonal = F(0.0)
+            for i in range(n):
+                diagonal += a[i] * u[i] / ku[i]
+            return ku, k, size * spread, total, diagonal
         for i in range(n):
             u[i] *= exp_any(r[i] * F(2.0 / 3.0))
+
+
+@_jit
+def log_ratio(u, a, eps):
+    """h = eps log(u / a), and <a, h>."""
+    h, inner = np.empty(u.shape[0], F), 0.0
+    for i in range(u.shape[0]):
+        h[i] = eps * (log32(largest(u[i], F(1e-37))) - log32(largest(a[i], F(1e-37))))
+        inner += a[i] * h[i]
+    return h, inner
 
 
 @_jit
@@ -497,6 +514,27 @@ def top_variance(x, points, rounds):
                 w[k] += t * x[i, k]
         v, w = w, v
     return variance
+
+
+@njit(
+    fastmath={"reassoc", "contract", "arcp", "nsz"}, nogil=True, cache=True
+)  # here inf and NaN must get through
+def moments(x, y, a, b):
+    """See `sinkhorn_problem._moments`."""
+    d, second, inner = x.shape[1], 0.0, 0.0
+    half_x, half_y = np.empty(x.shape[0], F), np.empty(y.shape[0], F)
+    mean_x, mean_y = np.zeros(d, F), np.zeros(d, F)
+    for points, w, half, mean in ((x, a, half_x, mean_x), (y, b, half_y, mean_y)):
+        for i in range(points.shape[0]):
+            square, wi = F(0.0), w[i]
+            for k in range(d):
+                square += points[i, k] * points[i, k]
+                mean[k] += wi * points[i, k]
+            half[i] = F(0.5) * square
+            second += wi * half[i]
+    for k in range(d):
+        inner += mean_x[k] * mean_y[k]
+    return half_x, half_y, mean_x, mean_y, second - inner
 
 
 @_jit

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,11 +78,11 @@ def _weights(name: str, w: Tensor | None, points: Tensor, single: bool) -> Tenso
     shape = points.shape[:2]
     if w is None:
         return points.new_full(shape, 1.0 / shape[1])
-    w = torch.as_tensor(w, dtype=points.dtype, device=points.device)
+    given = w = torch.as_tensor(w, dtype=points.dtype, device=points.device)
     w = w[None].expand(shape[0], -1) if w.ndim == 1 else w
     if w.shape != shape:
         allowed = tuple(shape[1:]) if single else f"{tuple(shape)} or {tuple(shape[1:])}"
-        raise ValueError(f"sinkhorn: the weights {name} have shape {tuple(w.shape)}; allowed: {allowed}.")
+        raise ValueError(f"sinkhorn: the weights {name} have shape {tuple(given.shape)}; allowed: {allowed}.")
     if not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
         raise ValueError(
             f"sinkhorn: the weights {name} must be finite and non-negative; their smallest is {float(w.min())}."
@@ -92,25 +96,36 @@ def _weights(name: str, w: Tensor | None, points: Tensor, single: bool) -> Tenso
     return w / total[:, None]
 
 
-def _epsilon(epsilon, epsilon_rel: float, mean_cost: Tensor, single: bool) -> Tensor:
+def _epsilon(
+    epsilon, epsilon_rel: float, costs: list[float], dtype: torch.dtype, single: bool
+) -> list[float]:
+    """One strength per problem, from the mean costs; plain numbers, as small solves are bound by their calls."""
     if epsilon is None:
         if not epsilon_rel > 0:
             raise ValueError(
                 f"sinkhorn: epsilon_rel is {epsilon_rel}; it must be positive (useful: 0.005 to 0.5)."
             )
-        eps = epsilon_rel * mean_cost
         # no spread at all (every x equals every y): any epsilon gives the same answer, so take epsilon_rel itself
-        return torch.where(eps > torch.finfo(eps.dtype).tiny * 1e8, eps, torch.full_like(eps, epsilon_rel))
-    eps = torch.as_tensor(epsilon, dtype=mean_cost.dtype, device=mean_cost.device)
-    if eps.ndim > 1 or (eps.ndim == 1 and eps.shape != mean_cost.shape):
-        allowed = "a number" if single else f"a number or a tensor of shape ({len(mean_cost)},)"
-        raise ValueError(f"sinkhorn: epsilon has shape {tuple(eps.shape)}; allowed: {allowed}.")
-    if not bool((torch.isfinite(eps) & (eps > 0)).all()):
+        return [epsilon_rel * c if epsilon_rel * c > 1e-30 else epsilon_rel for c in costs]
+    values = epsilon.tolist() if isinstance(epsilon, Tensor) else epsilon
+    values = list(values) if isinstance(values, (list, tuple)) else [float(values)] * len(costs)
+    if len(values) != len(costs) or (isinstance(epsilon, Tensor) and epsilon.ndim > 1):
+        allowed = "a number" if single else f"a number or a tensor of shape ({len(costs)},)"
+        raise ValueError(
+            f"sinkhorn: epsilon has shape {tuple(torch.as_tensor(epsilon).shape)}; allowed: {allowed}."
+        )
+    if not all(0 < e < math.inf for e in values):
         raise ValueError(
             f"sinkhorn: epsilon is {epsilon}; it must be positive and finite, in the units of |x - y|^2. For exact "
             "transport (epsilon = 0) use gengrad.ot.exact_plan."
         )
-    return eps.expand_as(mean_cost).contiguous()
+    most = 1e9 if dtype == torch.float64 else 1e6
+    if not all(c < most * e for c, e in zip(costs, values)):
+        raise ValueError(
+            f"sinkhorn: epsilon {min(values):.3g} is less than 1/{most:.0e} of the mean cost {max(costs):.3g}, "
+            f"beyond what {dtype} resolves; raise epsilon, use .double(), or exact_plan."
+        )
+    return values
 
 
 def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) -> Problem:
@@ -132,38 +147,40 @@ def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) 
         )
     given, single = (x, y), x.ndim == 2
     x, y = (x[None], y[None]) if single else (x, y)
-    weighted = a is not None or b is not None
     a, b = _weights("a", a, x, single), _weights("b", b, y, single)
-    x, y = x.contiguous(), y.contiguous()
-    moments = _moments(x, y, a, b, weighted)
-    if not bool(torch.isfinite(moments[-1]).all()):  # any infinite or undefined entry ends up here
+    x, y = x.detach().contiguous(), y.detach().contiguous()
+    half_x, half_y, mean_x, mean_y, mean_cost = _moments(x, y, a, b)
+    costs = mean_cost.tolist()
+    if not all(map(math.isfinite, costs)):  # any infinite or undefined entry ends up here
         _refuse_infinite("x", given[0])
         _refuse_infinite("y", given[1])
-        raise ValueError(
-            f"sinkhorn: squared distances overflow {x.dtype}; rescale the clouds, or use .double()."
-        )
+        raise ValueError(f"sinkhorn: squared distances overflow {x.dtype}; rescale, or use .double().")
     centre = None
-    if bool((moments[3].square().sum(-1) > moments[-1]).any()):  # far from the origin: products would cancel
-        centre = moments[3][:, None]
+    if any(square > c for square, c in zip(mean_y.square().sum(-1).tolist(), costs)):
+        centre = mean_y[:, None]  # far from the origin the products would cancel
         x, y = x - centre, y - centre
-        moments = _moments(x, y, a, b, weighted)
-    half_x, half_y, mean_x, mean_y, mean_cost = moments
-    eps = _epsilon(epsilon, epsilon_rel, mean_cost, single)
-    most = 1e9 if x.dtype == torch.float64 else 1e6
-    if not bool((mean_cost / eps < most).all()):
-        raise ValueError(
-            f"sinkhorn: epsilon {float(eps.min()):.3g} is less than 1/{most:.0e} of the mean cost "
-            f"{float(mean_cost.max()):.3g}, beyond what {x.dtype} resolves; raise epsilon, use .double(), or exact_plan."
-        )
+        half_x, half_y, mean_x, mean_y, mean_cost = _moments(x, y, a, b)
+        costs = mean_cost.tolist()
+    eps = _epsilon(epsilon, epsilon_rel, costs, x.dtype, single)
+    eps = torch.tensor(eps, dtype=x.dtype, device=x.device)
     return Problem(x, y, a, b, eps, mean_cost, centre, mean_x, mean_y, half_x, half_y, single)
 
 
-def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor, weighted: bool) -> tuple[Tensor, ...]:
+def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """Half squared norms, means, and E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y, in O((n + m) d)."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and has_numba():
+        from .sinkhorn_numba import moments
+
+        parts = [moments(*(t[i].numpy() for t in (x, y, a, b))) for i in range(len(x))]
+        *arrays, costs = zip(*parts)
+        return *(torch.from_numpy(np.stack(t)) for t in arrays), torch.tensor(costs).clamp_min(0.0)
     half_x, half_y = (0.5 * torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
-    if weighted:
-        mean_x, mean_y = (torch.bmm(w[:, None, :], t)[:, 0] for w, t in ((a, x), (b, y)))
-    else:
-        mean_x, mean_y = x.mean(1), y.mean(1)
+    mean_x, mean_y = (torch.bmm(w[:, None, :], t)[:, 0] for w, t in ((a, x), (b, y)))
     cost = (a * half_x).sum(1) + (b * half_y).sum(1) - (mean_x * mean_y).sum(1)
     return half_x, half_y, mean_x, mean_y, cost.clamp_min(0.0)
+
+
+@lru_cache(maxsize=1)
+def has_numba() -> bool:
+    """Whether the extra `fast` is installed."""
+    return importlib.util.find_spec("numba") is not None

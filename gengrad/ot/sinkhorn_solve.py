@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import sinkhorn_core as core
-from .sinkhorn_problem import Problem
+from .sinkhorn_problem import Problem, has_numba
 
 SELF_SHARE = 0.2  # part of the tolerance that the self map's error may use
 FIRST_SELF_GOAL = 0.02  # its first goal, times tol and the clouds' size, before the speed is known
@@ -50,10 +48,10 @@ class Solution:
     self_value: Tensor | None = None
 
 
-def stack(parts: list[Solution]) -> Solution:
-    """Batches one after another as one."""
+def join(parts: list[Solution], how) -> Solution:
+    """Solutions one after another as one, `how` being torch.cat (of batches) or torch.stack (of single ones)."""
     columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Solution)}
-    return Solution(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+    return Solution(**{k: None if v[0] is None else how(v) for k, v in columns.items()})
 
 
 def stages(problem: Problem) -> int:
@@ -222,12 +220,6 @@ def finish(
     return solution
 
 
-@lru_cache(maxsize=1)
-def has_numba() -> bool:
-    """Whether the extra `fast` is installed."""
-    return importlib.util.find_spec("numba") is not None
-
-
 def choose_backend(problem: Problem, options: Options) -> str:
     """The fused path for fp32 on a CPU where numba is installed and the kernel fits the memory bound."""
     p, o = problem, options
@@ -251,13 +243,23 @@ def choose_backend(problem: Problem, options: Options) -> str:
 def solve(
     problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None
 ) -> tuple[Solution, str]:
-    """Solve with the chosen backend. On a CPU problems of some size go one at a time: faster products."""
+    """Solve with the chosen backend; the solution has a batch dimension only if the caller's clouds have.
+
+    On a CPU problems of some size go one at a time: same work, faster products.
+    """
     backend = choose_backend(problem, options)
     n, m, batch = problem.x.shape[1], problem.y.shape[1], problem.x.shape[0]
-    one = solve_torch
+
+    def part(i: int):
+        return problem.part(i), options, *(None if t is None else t[i : i + 1] for t in (s, s_self))
+
     if backend == "numba":
-        from .sinkhorn_fused import solve_fused as one  # compiles at first use
-    if batch > 1 and problem.x.device.type == "cpu" and (backend == "numba" or n * m >= 2**14):
-        starts = [[None if t is None else t[i : i + 1] for t in (s, s_self)] for i in range(batch)]
-        return stack([one(problem.part(i), options, *starts[i]) for i in range(batch)]), backend
-    return one(problem, options, s, s_self), backend
+        from .sinkhorn_fused import solve_fused  # compiles at first use
+
+        if problem.single:
+            return solve_fused(problem, options, s, s_self), backend
+        return join([solve_fused(*part(i)) for i in range(batch)], torch.stack), backend
+    if batch > 1 and problem.x.device.type == "cpu" and n * m >= 2**14:
+        return join([solve_torch(*part(i)) for i in range(batch)], torch.cat), backend
+    solution = solve_torch(problem, options, s, s_self)
+    return join([solution], lambda v: v[0][0]) if problem.single else solution, backend

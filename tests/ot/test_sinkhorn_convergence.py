@@ -109,12 +109,12 @@ def separated_clusters(seed):
     g = torch.Generator().manual_seed(seed)
     centres = 4 * torch.randn(5, 2, generator=g)
     draw = [
-        centres[torch.randint(5, (200,), generator=g)] + 0.3 * torch.randn(200, 2, generator=g) for _ in "xy"
+        centres[torch.randint(5, (120,), generator=g)] + 0.3 * torch.randn(120, 2, generator=g) for _ in "xy"
     ]
     return draw[0], draw[1]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("epsilon_rel", [0.003, 0.03])
 def test_mass_in_the_wrong_cluster_is_not_mistaken_for_convergence(seed, epsilon_rel):
     """The case in which residuals say little. In float64 Newton steps solve it; float32 may give up, and says so."""

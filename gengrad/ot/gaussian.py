@@ -21,8 +21,8 @@ def _root(s: Tensor, name: str) -> Tensor:
 def bures_map(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> tuple[Tensor, Tensor]:
     """The optimal map T(x) = mean_y + K (x - mean_x) between Gaussians, as (K, offset) with T(x) = K x + offset.
 
-    K = S_x^{-1/2} (S_x^{1/2} S_y S_x^{1/2})^{1/2} S_x^{-1/2} (Dowson and Landau 1982). Shapes (d,), (d, d). cov_x must be
-    invertible; ValueError if a covariance is not square or not positive semidefinite.
+    K = S_x^{-1/2} (S_x^{1/2} S_y S_x^{1/2})^{1/2} S_x^{-1/2} (Dowson and Landau 1982). Shapes (d,), (d, d). cov_x
+    must be invertible; ValueError if a covariance is not square or not positive semidefinite.
     """
     root = _root(cov_x, "cov_x")
     inverse = torch.linalg.inv(root)

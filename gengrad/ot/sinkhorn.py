@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import sinkhorn_core as core
+from .sinkhorn_kernels import product
 from .sinkhorn_problem import Problem, read_problem
 from .sinkhorn_solve import Options, Solution, solve
 
@@ -54,8 +54,8 @@ class SinkhornResult:
         """One target index per point, drawn from its row of the plan: P(j | i) = P_ij / a_i; shape (n,), int64.
 
         Rows are rebuilt `block` entries at a time and inverted from one uniform number each. The generator must be
-        on the device of the points. In a batch indices count within each problem's y. RuntimeError if the points have been
-        changed in place since the solve.
+        on the device of the points. In a batch indices count within each problem's y. RuntimeError if
+        the points have been changed in place since the solve.
         """
         if (self._x._version, self._y._version) != self._versions:
             raise RuntimeError(
@@ -69,7 +69,7 @@ class SinkhornResult:
         rows = max(1, block // (y.shape[1] * len(y)))
         drawn = []
         for i in range(0, x.shape[1], rows):
-            logits = core.product(x[:, i : i + rows] / eps[:, None, None], y) + s[:, None, :]
+            logits = product(x[:, i : i + rows] / eps[:, None, None], y) + s[:, None, :]
             cumulative = torch.softmax(logits, -1).cumsum(-1)
             level = uniform[:, i : i + rows, None] * cumulative[..., -1:]
             drawn.append(torch.searchsorted(cumulative, level, right=True)[..., 0].clamp_max(y.shape[1] - 1))
@@ -100,8 +100,8 @@ def _warm(problem: Problem, warm: SinkhornResult | None, debias: bool) -> tuple[
     p, g = problem, warm.g.reshape(-1, warm.g.shape[-1]).to(problem.x)
     if g.shape != p.b.shape:
         raise ValueError(
-            f"sinkhorn: warm_start has potentials of shape {tuple(warm.g.shape)} for {tuple(p.b.shape)} targets; pass the "
-            "result of a call with the same number of problems and targets, or None."
+            f"sinkhorn: warm_start has potentials of shape {tuple(warm.g.shape)} for {tuple(p.b.shape)} targets; pass "
+            "the result of a call with the same number of problems and targets, or None."
         )
     eps = p.eps[:, None]
     s = (g - p.half_y) / eps + torch.log(p.b).clamp_min(-1e4)
@@ -174,8 +174,8 @@ def sinkhorn(
 
 def sinkhorn_velocity(
     x: Tensor, y: Tensor, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None, tol: float = 1e-2,
-    max_iter: int = 2000, warm_start: SinkhornResult | None = None, *, debias: bool = True, skip_self_mass: float = 0.99,
-    max_memory: float = MAX_MEMORY, products: str = "same", backend: str = "auto",
+    max_iter: int = 2000, warm_start: SinkhornResult | None = None, *, debias: bool = True,
+    skip_self_mass: float = 0.99, max_memory: float = MAX_MEMORY, products: str = "same", backend: str = "auto",
 ) -> SinkhornResult:  # fmt: skip
     """Velocity of the Wasserstein gradient flow of the Sinkhorn divergence to y, at the points of x.
 

@@ -54,8 +54,8 @@ def sinkhorn_divergence(
     for name, t in (("y", y), ("a", a), ("b", b)):
         if isinstance(t, Tensor) and t.requires_grad:
             raise ValueError(
-                f"sinkhorn_divergence: {name} requires a gradient, but only the one in x is provided; pass {name}.detach(), "
-                "or swap the clouds (the divergence is symmetric)."
+                f"sinkhorn_divergence: {name} requires a gradient, but only the one in x is provided; pass "
+                f"{name}.detach(), or swap the clouds (the divergence is symmetric)."
             )
     # the value is sensitive to a skipped self solve where its gradient is not
     options = _options(tol, max_iter, True, 1 - 1e-6, max_memory, products, backend)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import sinkhorn_core as core
 from . import sinkhorn_numba as fused
+from . import sinkhorn_numba_own as own_kernels
 from .sinkhorn_problem import Problem
 from .sinkhorn_solve import FIRST_SELF_GOAL, SELF_SHARE, Options, Solution, bound_coordinates, residual_goal
 
@@ -69,8 +70,8 @@ class OwnMap:
             if self.x.shape[1] > fused.DIRECT:
                 products, dot = workspace("products", n, n)
                 symmetric_product(self.x, products)
-            fused.self_kernel(dot, self.points, self.xt, self.half, F(1.0 / self.eps), self.kernel)
-        ku, _, self.error, self.total, self.mass = fused.solve_self(
+            own_kernels.self_kernel(dot, self.points, self.xt, self.half, F(1.0 / self.eps), self.kernel)
+        ku, _, self.error, self.total, self.mass = own_kernels.solve_self(
             self.kernel,
             self.u,
             self.a,
@@ -85,16 +86,16 @@ class OwnMap:
     def _target(self, ku: np.ndarray) -> np.ndarray:
         out = np.empty(self.points.shape, F)
         if self.x.shape[1] <= NARROW:
-            fused.symmetric_averages(self.kernel, self.u, ku, self.xt, out)
+            own_kernels.symmetric_averages(self.kernel, self.u, ku, self.xt, out)
             return out
         tensor, plan = workspace("products", *self.kernel.shape)
-        fused.symmetric_plan(self.kernel, self.u, ku, plan)
+        own_kernels.symmetric_plan(self.kernel, self.u, ku, plan)
         torch.mm(tensor, self.x, out=torch.from_numpy(out))
         return out
 
     def potential(self) -> tuple[np.ndarray, float]:
         """h, and OT(x, x) as its dual value 2 <a, h> - eps (sum P - 1)."""
-        h, inner = fused.log_ratio(self.u, self.a, self.eps)
+        h, inner = own_kernels.log_ratio(self.u, self.a, self.eps)
         return h, 2 * inner - self.eps * (self.total - 1)
 
 
@@ -121,7 +122,7 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     a, b, half_x, half_y, mean_x, mean_y = (
         t.numpy()[0] for t in (p.a, p.b, p.half_x, p.half_y, p.mean_x, p.mean_y)
     )
-    log_b, var_x, var_y, plain, fast = fused.prepare(xn, yn, half_x, half_y, mean_x, mean_y, a, b, eps)
+    log_b, var_x, var_y, plain, fast = own_kernels.prepare(xn, yn, half_x, half_y, mean_x, mean_y, a, b, eps)
     spread = math.sqrt(min(d * eps, 2 * cost))
     floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) / (1 - fast)
     own = OwnMap(p, o, half_x, eps, spread, s_self) if o.debias else None
@@ -133,7 +134,9 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
         torch.mm(x, y.T, out=products)
     if s is None:
         sweeps = max(0, math.floor(math.log(max(cost / eps, 1.0), core.STAGE_RATIO)))
-        psi = fused.gaussian_start(yn, half_y, mean_x, mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps)
+        psi = own_kernels.gaussian_start(
+            yn, half_y, mean_x, mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps
+        )
         s = fused.anneal(dot, xn, yt, psi, log_b, eps, a, b, sweeps)
     else:
         s = s.numpy()[0].copy()
@@ -163,13 +166,13 @@ def _finish(
     """The maps and numbers of `sinkhorn_solve.finish`; spends the kernel."""
     x, y, (sweeps, marginal, error, floor) = p.x[0], p.y[0], state
     k, target, solved = kernel.numpy(), np.empty(x.shape, F), own is not None and not own.skipped
-    mean_s = fused.row_means(k, v, s)
+    mean_s = own_kernels.row_means(k, v, s)
     if y.shape[1] <= NARROW:
         fused.averages(k, v, _columns(y.numpy()), target)
     else:
-        fused.normalise(k, v)
+        own_kernels.normalise(k, v)
         torch.mm(kernel, y, out=torch.from_numpy(target))
-    velocity, f, g, speed, value, neighbours = fused.finish(
+    velocity, f, g, speed, value, neighbours = own_kernels.finish(
         x.numpy(), target, own.target if solved else x.numpy(), solved,
         NONE if p.centre is None else p.centre.numpy()[0, 0], p.a.numpy()[0], p.b.numpy()[0],
         s, log_b, log_row, mean_s, p.half_x.numpy()[0], p.half_y.numpy()[0], float(p.eps),

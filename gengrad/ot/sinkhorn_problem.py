@@ -169,7 +169,7 @@ def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) 
 def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """Half squared norms, means, and E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y, in O((n + m) d)."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and has_numba():
-        from .sinkhorn_numba import moments
+        from .sinkhorn_numba_own import moments
 
         parts = [moments(*(t[i].numpy() for t in (x, y, a, b))) for i in range(len(x))]
         *arrays, costs = zip(*parts)

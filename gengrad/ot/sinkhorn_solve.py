@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sinkhorn_core as core
+from .sinkhorn_kernels import make_kernel
 from .sinkhorn_problem import Problem, has_numba
 
 SELF_SHARE = 0.2  # part of the tolerance that the self map's error may use
@@ -125,7 +126,7 @@ class SelfMap:
             return False
         p, o = self.problem, self.options
         if self.kernel is None:
-            self.kernel = core.make_kernel(p.x, p.x, o.max_memory, o.products)
+            self.kernel = make_kernel(p.x, p.x, o.max_memory, o.products)
         solved = core.solve_self(
             self.kernel,
             self.s,
@@ -168,7 +169,7 @@ class SelfMap:
 def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
     """Solve a batch together; `s` and `s_self` are warm starts in the solution's own variables."""
     p, o = problem, options
-    kernel = core.make_kernel(p.x, p.y, o.max_memory, o.products)
+    kernel = make_kernel(p.x, p.y, o.max_memory, o.products)
     log_b = torch.log(p.b).clamp_min(-1e4)
     own = SelfMap(p, o, s_self) if o.debias else None
     if own is not None and not own.skipped:

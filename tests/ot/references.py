@@ -1,12 +1,11 @@
 """An independent solver to test against: damped Newton on the semi-dual, dense, log-domain, float64, in NumPy.
 
-It shares no code and no algorithm with gengrad.ot: it solves for g of max_g <b, g> - eps <a, log sum_j b_j e^{(g_j - c_ij)/eps}>.
+It shares no code with gengrad.ot, and solves max_g <b, g> - eps <a, log sum_j b_j e^{(g_j - c_ij) / eps}>.
 """
 
 import importlib.util
 
 import numpy as np
-import pytest
 import torch
 from scipy.special import logsumexp
 
@@ -75,6 +74,3 @@ def relative(v, exact):
     """Relative L2 error of a velocity."""
     v, exact = torch.as_tensor(v).double(), torch.as_tensor(exact).double()
     return float((v - exact).norm() / exact.norm())
-
-
-needs = pytest.importorskip

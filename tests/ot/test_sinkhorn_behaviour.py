@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -298,5 +299,5 @@ def test_the_divergence_falls_at_every_step_of_the_flow_and_to_a_hundredth():
         warm = ot.sinkhorn_velocity(x, y, epsilon=0.1, warm_start=warm)
         values.append(float(ot.sinkhorn_divergence(x, y, epsilon=0.1)))
         x = x + 0.3 * warm.velocity
-    assert all(later < earlier for earlier, later in zip(values, values[1:]))
+    assert all(later < earlier for earlier, later in pairwise(values))
     assert 0 <= values[-1] < 0.01 * values[0]

@@ -9,7 +9,7 @@ matrices, are jitted and warmed up before timing, and may choose among several a
 the process, pinned to one core (on an idle machine: elapsed time), medians over interleaved rounds. A cell that is in
 the JSON already, from the same machine and versions, is not measured again. A missing peer is skipped, and named.
 
-Data: d = 2, three-fold moons -> 8 Gaussians; d = 64, normal -> 10 anisotropic Gaussians; d = 784, 3072, normal (noise) ->
+Data: d = 2, three-fold moons -> 8 Gaussians; d = 64, normal -> 10 anisotropic Gaussians; d = 784, 3072, noise ->
 tanh of random fields with spectrum 1/k^1.5 (28 x 28, or 32 x 32 x 3 with correlated channels). A flow is 20 explicit
 steps of size 0.2 along the float64 trajectory, each with the previous result as a warm start where a solver has one;
 there the worst of the 20 errors counts. A batch is 16 clouds at the settings of the single problem.
@@ -164,7 +164,7 @@ def search(solver, problem, f, target, budget=CAP, variants=None, first=None):
             for x, v in states:
                 (found, warm), seconds = timed(lambda: solver.velocity(x, y, epsilon, variant, setting, warm))  # noqa: B023
                 total, worst = total + seconds, max(worst, error(found, v))
-                if total > budget or worst > max(target, 1e-12) and len(states) > 1:
+                if total > budget or (worst > max(target, 1e-12) and len(states) > 1):
                     break
             if worst <= target and total <= budget and (best is None or total < best[0]):
                 best = (total, variant, setting, worst)
@@ -256,10 +256,9 @@ def run_batch(n, d, f, target, solvers, known):
 
 def machine() -> dict:
     """What the numbers depend on."""
-    model = next(
-        (l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")),
-        platform.processor(),
-    )
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    model = next(named, platform.processor())
     return {"cpu": model, "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
 
 
@@ -306,7 +305,8 @@ def table(cells: dict, names: list[str]) -> str:
             (kind, int(d), float(f), ratio, geom / ms["gengrad"] if geom and ms.get("gengrad") else None)
         )
         lines.append(
-            f"| {kind} | {n} | {d} | {f} | {float(e):.0%} | {' | '.join(shown)} | {'' if ratio is None else f'{ratio:.2f}'} |"
+            f"| {kind} | {n} | {d} | {f} | {float(e):.0%} | {' | '.join(shown)} "
+            f"| {'' if ratio is None else f'{ratio:.2f}'} |"
         )
 
     def mean(values):

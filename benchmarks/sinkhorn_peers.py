@@ -1,4 +1,4 @@
-"""The peers of benchmarks/sinkhorn.py: a debiased velocity from geomloss, POT and ott-jax, each the way its experts would.
+"""The peers of benchmarks/sinkhorn.py: debiased velocities from geomloss, POT and ott-jax, as their experts would.
 
 A peer offers `variants(f)`: pairs (algorithm, settings from loose to tight), and
 `velocity(x, y, epsilon, variant, setting, warm) -> (v, warm)` on float32 tensors. None of them solves y with y.
@@ -137,7 +137,7 @@ class Ott:
         return [(name, THRESHOLDS) for name in names]
 
     def _function(self, variant):
-        jnp, acc = self.jnp, self.acceleration
+        acc = self.acceleration
         decay = next((float(w) for w in variant.split() if w.startswith("0.")), None)
         extra = {
             "max_iterations": 20000,
@@ -184,10 +184,8 @@ class Ott:
 
     def batch(self, x, y, epsilon, variant, setting):
         function = self._function(variant)
-        make = lambda: self.jax.jit(
-            self.jax.vmap(lambda p, q, e, t: function(p, q, e, t, None)[0], (0, 0, None, None))
-        )  # noqa: E731
-        f = self.jitted.setdefault(variant + " batch", make())
+        mapped = self.jax.vmap(lambda p, q, e, t: function(p, q, e, t, None)[0], (0, 0, None, None))
+        f = self.jitted.setdefault(variant + " batch", self.jax.jit(mapped))
         return f(
             self.jnp.asarray(x.numpy()), self.jnp.asarray(y.numpy()), epsilon, setting
         ).block_until_ready()

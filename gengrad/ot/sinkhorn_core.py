@@ -225,7 +225,7 @@ class Progress:
 
         Since the last look the map moved by D while the residual fell by a factor q: what is left is taken as
         D q / (1 - q). Slow modes hide from residuals, so q is at least `least`; and the error is no less than four
-        times its mean over the cloud, known exactly as `gap` = |sum_j (c_j - b_j) y_j|: mass still in the wrong cluster.
+        times its mean over the cloud, known exactly as `gap` = |sum_j (c_j - b_j) y_j|: mass in the wrong cluster.
         """
         if self.shot is None:
             error = torch.full_like(size, math.inf)

@@ -28,6 +28,7 @@ SAFETY = 1.5  # factor on the error estimate, held to account by tests/ot/test_s
 LIMIT = 40.0  # largest move of one entry of s in one iteration (starved columns)
 NEWTON_AFTER, NEWTON_SIZE = 50, 4096  # fp64: Newton steps after so many sweeps, up to so many targets
 REACH = 16.0  # first and largest bound on what acceleration or Newton may move an entry of s by
+PROBATION = 15  # iterations before the error estimate trusts a problem with slow modes
 PATIENCE = 40  # checks without progress after which a solve gives up
 PROBES = 4  # directions through which the velocity is watched in high dimension
 
@@ -122,17 +123,24 @@ def top_variance(x: Tensor, points: int = 64, rounds: int = 3) -> Tensor:
     return (x @ v).square().mean((1, 2))
 
 
-def accelerated_rate(x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Rates (B,) per iteration that the slowest mode would have between Gaussians: plain, and accelerated.
+def slowest_rate(x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+    """The rate lambda (B,) per iteration that Sinkhorn's slowest mode would have between Gaussians.
 
-    Along a direction of deviations s, t Sinkhorn contracts by lambda = (sqrt(1 + k^2) - k)^2, k = eps / (2 s t); a
-    Krylov method turns that into (1 - r) / (1 + r), r = sqrt(1 - lambda). A residual does not show its slow modes, so
-    the error estimate assumes no better than this.
+    Along a direction of deviations s, t it is (sqrt(1 + k^2) - k)^2, k = eps / (2 s t).
     """
     k = eps / (2 * torch.sqrt(top_variance(x) * top_variance(y))).clamp_min(torch.finfo(eps.dtype).tiny)
-    plain = 1 / (torch.sqrt(1 + k.square()) + k).square()
-    root = torch.sqrt(1 - plain)
-    return plain, (1 - root) / (1 + root)
+    return 1 / (torch.sqrt(1 + k.square()) + k).square()
+
+
+def krylov_ratio(rate: Tensor, before: int, now: int) -> Tensor:
+    """At best, what iterations `before` to `now` of an acceleration leave of the slowest mode: T_before / T_now.
+
+    T_k is the Chebyshev polynomial at 2 / rate - 1: the optimum over polynomials of degree k on spectra in [0, rate].
+    """
+    angle = torch.acosh((2 / rate.clamp(1e-6, 1 - 1e-9) - 1).clamp_min(1.0))
+    # cosh(p a) / cosh(q a) without overflow
+    top = torch.exp(-(now - before) * angle) + torch.exp(-(now + before) * angle)
+    return top / (1 + torch.exp(-2 * now * angle))
 
 
 @dataclass
@@ -145,6 +153,7 @@ class PairSolution:
     iterations: int  # sweeps over the kernel, annealing included
     marginal_error: Tensor  # (B,) sum_j |c_j - b_j|
     error: Tensor  # (B,) estimated rms error of the barycentric map, in the units of x
+    rate: Tensor  # (B,) of the slowest mode seen
 
 
 def solve_pair(
@@ -159,7 +168,7 @@ def solve_pair(
     floor: Tensor,
     max_iter: int,
     stages: int,
-    rates: tuple[Tensor, Tensor],
+    rate: Tensor,
 ) -> PairSolution:
     """Anneal from eps 4^stages, then iterate at eps to a velocity error of `tol` relative, or `floor` (B,) absolute.
 
@@ -176,7 +185,7 @@ def solve_pair(
     s, sweeps, since = psi / eps[:, None] + log_b, stages, 0
     slack = 1e-5 if s.dtype == torch.float32 else 1e-12
     direct = s.dtype == torch.float64 and isinstance(kernel, DenseKernel) and s.shape[1] <= NEWTON_SIZE
-    anderson, progress, reach = Anderson(), Progress(eps), torch.full_like(eps, REACH)
+    anderson, progress, reach = Anderson(), Progress(rate), torch.full_like(eps, REACH)
     before, newton = None, False
     while True:
         c, log_row = kernel.sweep(s, a)
@@ -189,13 +198,13 @@ def solve_pair(
             if bool(wrong.any()):
                 s, before, newton = torch.where(wrong[:, None], before[0] + before[2], s), None, False
                 anderson.restart()
+                progress.depth = 0
                 continue
+            progress.watch(s - before[0], r - before[2], c)
+        progress.depth += 1
         if sweeps - stages <= 3 or newton or since >= CHECK_EVERY or sweeps >= max_iter:
             shot, gap = kernel.average(s, z), torch.linalg.vector_norm(matvec(z.mT, c - b), dim=-1)
-            least = torch.full_like(eps, 0.01) if newton else rates[0] if since < 2 else rates[1] ** since
-            error = progress.error(
-                shot, size, a, least.clamp_min(0.01 if newton else 0.25 if since < 2 else 0.5), gap
-            )
+            error = progress.error(shot, size, a, gap, newton)
             good = error <= torch.maximum(tol * rms(shot - z_base, a), floor)
             good &= (c - b).abs().sum(-1) <= max(2 * tol, 100 * slack)
             if bool(good.all()) or sweeps >= max_iter or progress.idle > PATIENCE:
@@ -210,32 +219,55 @@ def solve_pair(
         )
         newton = step is not None and bool((step.abs().amax(-1) <= reach).all())
         s = anderson.step(s, r, c, reach) if step is None else s + shorten(step, reach)
-    return PairSolution(s, log_row, shot, sweeps, (c - b).abs().sum(-1), error)
+    return PairSolution(s, log_row, shot, sweeps, (c - b).abs().sum(-1), error, progress.rate)
 
 
 class Progress:
     """The error estimate, from one look at the velocity to the next, and how long it has not improved."""
 
-    def __init__(self, eps: Tensor) -> None:
-        self.shot, self.idle = None, 0
-        self.best = self.best_size = torch.full_like(eps, math.inf)
+    def __init__(self, rate: Tensor) -> None:
+        self.rate, self.shot, self.depth, self.seen_at, self.idle = rate, None, 0, 0, 0
+        self.best = self.best_size = torch.full_like(rate, math.inf)
 
-    def error(self, shot: Tensor, size: Tensor, a: Tensor, least: Tensor, gap: Tensor) -> Tensor:
+    def watch(self, step: Tensor, change: Tensor, c: Tensor) -> None:
+        """Learn the slowest rate: a step d changes the residual by -(1 - M) d, so 1 + <d, change> / <d, d> is one.
+
+        A Rayleigh quotient never exceeds the slowest rate, and accelerated steps lie mostly along that mode. Steps too
+        long for the linearisation, or too short for the rounding, say nothing.
+        """
+        total = c.sum(-1, keepdim=True)
+        step = step - (c * step).sum(-1, keepdim=True) / total
+        square = (c * step.square()).sum(-1)
+        rate = 1 + (c * step * change).sum(-1) / square.clamp_min(1e-30)
+        short, most = (1e-3, 1 - 1e-4) if step.dtype == torch.float32 else (1e-7, 1 - 1e-8)
+        told = (square > short**2) & (square < 1) & (rate < 1)
+        self.rate = torch.where(told, torch.maximum(self.rate, rate.clamp_max(most)), self.rate)
+
+    def error(self, shot: Tensor, size: Tensor, a: Tensor, gap: Tensor, newton: bool) -> Tensor:
         """Estimated rms error (B,) of the barycentric map seen as `shot` (B, n, p), at a residual of rms `size`.
 
         Since the last look the map moved by D while the residual fell by a factor q: what is left is taken as
-        D q / (1 - q). Slow modes hide from residuals, so q is at least `least`; and the error is no less than four
-        times its mean over the cloud, known exactly as `gap` = |sum_j (c_j - b_j) y_j|: mass in the wrong cluster.
+        D q / (1 - q). Slow modes hide from residuals, so q is at least what the iterations can have left of the
+        slowest one (but for Newton steps, to which all modes are alike); and the error is no less than four times
+        its mean over the cloud, known exactly as `gap` = |sum_j (c_j - b_j) y_j|: mass still in the wrong cluster.
         """
         if self.shot is None:
             error = torch.full_like(size, math.inf)
         else:
-            q = torch.maximum(size / self.size.clamp_min(1e-30), least).clamp_max(0.999)
+            if newton:
+                least = torch.full_like(size, 0.01)
+            elif self.depth < PROBATION:  # too early to have met the slow modes of a problem that has some
+                least = torch.where(self.rate > 0.8, 0.9999, self.rate.clamp_min(0.25))
+            elif self.depth - self.seen_at < 2:
+                least = self.rate.clamp_min(0.25)
+            else:
+                least = krylov_ratio(self.rate, max(self.seen_at, 0), self.depth).clamp_min(0.5)
+            q = torch.maximum(size / self.size.clamp_min(1e-30), least).clamp_max(0.9999)
             error = torch.maximum(SAFETY * rms(shot - self.shot, a) * q / (1 - q), 4 * gap)
         better = (error < 0.9 * self.best) | (size < 0.9 * self.best_size)
         self.idle = 0 if bool(better.any()) else self.idle + 1
         self.best, self.best_size = torch.minimum(error, self.best), torch.minimum(size, self.best_size)
-        self.shot, self.size = shot, size
+        self.shot, self.size, self.seen_at = shot, size, self.depth
         return error
 
 

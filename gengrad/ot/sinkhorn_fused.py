@@ -122,9 +122,9 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     a, b, half_x, half_y, mean_x, mean_y = (
         t.numpy()[0] for t in (p.a, p.b, p.half_x, p.half_y, p.mean_x, p.mean_y)
     )
-    log_b, var_x, var_y, plain, fast = own_kernels.prepare(xn, yn, half_x, half_y, mean_x, mean_y, a, b, eps)
-    spread = math.sqrt(min(d * eps, 2 * cost))
-    floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) / (1 - fast)
+    log_b, var_x, var_y, rate = own_kernels.prepare(xn, yn, half_x, half_y, mean_x, mean_y, a, b, eps)
+    spread, root = math.sqrt(min(d * eps, 2 * cost)), math.sqrt(1 - rate)
+    floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) * (1 + root) / (2 * root)
     own = OwnMap(p, o, half_x, eps, spread, s_self) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))
@@ -143,9 +143,9 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     zt, log_row, share = np.ascontiguousarray(_seen(yn).T), np.empty(n, F), (1 - SELF_SHARE) * o.tol
     base = _seen(xn if own is None else own.target)
     while True:
-        v, more, marginal, error, shot = fused.solve_pair(
+        v, more, marginal, error, shot, rate = fused.solve_pair(
             dot, xn, yt, s, F(1.0 / eps), a, b, zt, base, share, 0.5 * floor,
-            max(o.max_iter - sweeps, 1), plain, fast, k, log_row,
+            max(o.max_iter - sweeps, 1), rate, k, log_row,
         )  # fmt: skip
         sweeps += more
         if own is None or not own.reach(max(SELF_SHARE * o.tol * fused.rms_gap(shot, base, a), 0.5 * floor)):

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from .numba_math import F, exp32, exp_any, jit, largest, log32
-from .sinkhorn_core import CHECK_EVERY, LIMIT, PATIENCE, REACH, SAFETY, STAGE_RATIO, WINDOW
+from .sinkhorn_core import CHECK_EVERY, LIMIT, PATIENCE, PROBATION, REACH, SAFETY, STAGE_RATIO, WINDOW
 from .sinkhorn_kernels import MAX_LOG_SCALING
 
 DIRECT = 4  # up to so many dimensions the products x.y are made on the fly
@@ -198,6 +198,36 @@ def moment_gap(zt, c, b):
 
 
 @jit
+def watched_rate(rate, s, s_old, r, r_old, c):
+    """The slowest rate, with what the last step tells of it (see `sinkhorn_core.Progress.watch`)."""
+    total, mean, square, inner = F(0.0), F(0.0), F(0.0), F(0.0)
+    for j in range(s.shape[0]):
+        total += c[j]
+        mean += c[j] * (s[j] - s_old[j])
+    mean /= total
+    for j in range(s.shape[0]):
+        d = s[j] - s_old[j] - mean
+        square += c[j] * d * d
+        inner += c[j] * d * (r[j] - r_old[j])
+    found = 1.0 + inner / max(square, F(1e-30))
+    if 1e-6 < square < 1.0 and found < 1.0:
+        return max(rate, min(found, 1 - 1e-4))
+    return rate
+
+
+@jit
+def least_left(rate, before, now):
+    """What iterations `before` to `now` leave of the slowest mode at best (see `sinkhorn_core.Progress.error`)."""
+    if now < PROBATION:
+        return 0.9999 if rate > 0.8 else max(rate, 0.25)
+    if now - before < 2:
+        return max(rate, 0.25)
+    angle = math.acosh(max(2 / min(max(rate, 1e-6), 1 - 1e-9) - 1, 1.0))
+    top = math.exp(-(now - before) * angle) + math.exp(-(now + before) * angle)
+    return max(top / (1 + math.exp(-2 * now * angle)), 0.5)
+
+
+@jit
 def anneal(dot, x, yt, psi, log_b, eps, a, b, stages):
     """One Sinkhorn iteration at each of eps 4^stages, ..., eps 4, from psi; returns s at eps."""
     m = b.shape[0]
@@ -217,7 +247,7 @@ def anneal(dot, x, yt, psi, log_b, eps, a, b, stages):
 
 
 @jit
-def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, plain, fast, kernel, log_row):
+def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, rate, kernel, log_row):
     """See `sinkhorn_core.solve_pair`; s and log_row are overwritten with the solution, `kernel` with its rows.
 
     On return `kernel` holds the rows at the absorbed state, and v the scaling of its columns to reach s.
@@ -228,7 +258,7 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
     ds, dr = np.empty((WINDOW, m), F), np.empty((WINDOW, m), F)
     shot, shown = np.empty((n, zt.shape[0]), F), np.empty((n, zt.shape[0]), F)
     count, since, sweeps, have_best, have_shown, fresh = -1, 0, 0, False, False, False
-    reach = REACH
+    reach, depth, seen_at = REACH, 0, 0
     best, size_shown, error, speed, least_error, least_size, idle = 0.0, 0.0, 1e30, 0.0, 1e30, 1e30, 0
     while True:
         far = F(0.0)
@@ -256,14 +286,16 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
         if have_best and value < best - 1e-5 * (1.0 + abs(best)):
             for j in range(m):
                 s[j] = s_best[j] + r_best[j]
-            have_best, count, reach = False, -1, reach / 8
+            have_best, count, reach, depth = False, -1, reach / 8, 0
             continue
+        if have_best:
+            rate = watched_rate(rate, s, s_best, r, r_best, c)
+        depth += 1
         if sweeps <= 3 or since >= CHECK_EVERY or sweeps >= max_iter:
             averages(kernel, v, zt, shot)
             speed = rms_gap(shot, base, a)
             if have_shown:
-                least = max(plain, 0.25) if since < 2 else max(fast**since, 0.5)
-                q = min(max(size / max(size_shown, 1e-30), least), 0.999)
+                q = min(max(size / max(size_shown, 1e-30), least_left(rate, seen_at, depth)), 0.9999)
                 error = max(SAFETY * rms_gap(shot, shown, a) * q / (1.0 - q), 4 * moment_gap(zt, c, b))
                 if error <= max(tol * speed, floor) and marginal <= max(2 * tol, 1e-3):
                     break
@@ -272,7 +304,7 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
             if sweeps >= max_iter or idle > PATIENCE:
                 break
             shown[:] = shot
-            size_shown, have_shown, since = size, True, 0
+            size_shown, have_shown, since, seen_at = size, True, 0, depth
         since += 1
         best, have_best = value, True
         s_best[:] = s
@@ -286,4 +318,4 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, pla
         s_old[:] = s
         r_old[:] = r
         anderson_step(s, r, c, ds, dr, count, reach)
-    return v, sweeps, marginal, error, shot
+    return v, sweeps, marginal, error, shot, rate

@@ -175,7 +175,7 @@ def moments(x, y, a, b):
 
 @jit
 def prepare(x, y, half_x, half_y, mean_x, mean_y, a, b, eps):
-    """What a start needs: log b, mean variances, and `accelerated_rate`."""
+    """What a start needs: log b, mean variances, and `slowest_rate`."""
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
     log_b = np.empty(m, F)
     second_x, second_y = 0.0, 0.0
@@ -188,9 +188,8 @@ def prepare(x, y, half_x, half_y, mean_x, mean_y, a, b, eps):
         second_x -= mean_x[k] * mean_x[k]
         second_y -= mean_y[k] * mean_y[k]
     slow = eps / (2 * math.sqrt(max(top_variance(x, 64, 3) * top_variance(y, 64, 3), 1e-37)))
-    plain = 1 / (math.sqrt(1 + slow * slow) + slow) ** 2
-    root = math.sqrt(1 - plain)
-    return log_b, max(second_x / d, 1e-37), max(second_y / d, 1e-37), plain, (1 - root) / (1 + root)
+    rate = 1 / (math.sqrt(1 + slow * slow) + slow) ** 2
+    return log_b, max(second_x / d, 1e-37), max(second_y / d, 1e-37), rate
 
 
 @jit

@@ -178,15 +178,17 @@ def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     psi = core.gaussian_start(p, p.eps * core.STAGE_RATIO**levels)
     if s is not None:
         levels, psi = 0, (s - log_b) * p.eps[:, None]
-    z, rates = core.seen(p.y), core.accelerated_rate(p.x, p.y, p.eps)
-    floor = resolution(p) / (1 - rates[1])  # slow modes amplify rounding
+    z, rate = core.seen(p.y), core.slowest_rate(p.x, p.y, p.eps)
+    root = torch.sqrt(1 - rate)
+    floor = resolution(p) * (1 + root) / (2 * root)  # slow modes amplify rounding
     while True:
         base = core.seen(p.x if own is None else own.target)
         pair = core.solve_pair(
             kernel, psi, p.a, p.b, p.eps, z, base, (1 - SELF_SHARE) * o.tol, 0.5 * floor,
-            max(o.max_iter - sweeps, 1), levels, rates,
+            max(o.max_iter - sweeps, 1), levels, rate,
         )  # fmt: skip
         sweeps, levels, psi = sweeps + pair.iterations, 0, (pair.s - log_b) * p.eps[:, None]
+        rate = pair.rate
         if own is None or sweeps >= o.max_iter or own.settle(pair.shot, pair.error, floor):
             break
     return finish(p, o, kernel, pair, own, sweeps, floor)

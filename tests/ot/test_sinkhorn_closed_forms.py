@@ -174,3 +174,22 @@ def test_exact_transport_agrees_with_the_assignment_and_with_one_dimensional_sor
 def test_exact_transport_refuses_clouds_of_unequal_size_for_an_assignment():
     with pytest.raises(ValueError, match="as many"):
         ot.exact_assignment(*clouds(4, 5))
+
+
+def test_a_flow_in_the_span_of_its_points_is_the_flow_itself():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 15, 400, generator=g, dtype=torch.float64)
+    p, q, basis = ot.rotate_to_span(x, y[:12])
+    assert p.shape == (15, 27) and basis.shape == (400, 27)
+    for _ in range(3):
+        x = x + 0.3 * ot.sinkhorn_velocity(x, y[:12], epsilon=20.0, tol=1e-8).velocity
+        p = p + 0.3 * ot.sinkhorn_velocity(p, q, epsilon=20.0, tol=1e-8).velocity
+    assert relative(p @ basis.T, x) < 1e-8  # both solved to that
+
+
+def test_clouds_of_low_dimension_are_not_rotated():
+    x, y = clouds(10, 8, 3)
+    p, q, basis = ot.rotate_to_span(x, y)
+    assert p is x and q is y and torch.equal(basis, torch.eye(3, dtype=x.dtype))
+    with pytest.raises(ValueError, match=r"\(n, d\)"):
+        ot.rotate_to_span(x[None], y)

@@ -6,9 +6,9 @@ Every solver returns v = T_xy - T_xx at epsilon = (f x RMS distance between x an
 error is the relative L2 error of v against a float64 solve with a marginal error below 1e-6. Each solver gets its
 cheapest setting (of the grids below) that reaches the error; peers never solve y with y, are given precomputed cost
 matrices, are jitted and warmed up before timing, and may choose among several algorithms. Times are CPU milliseconds of
-the process, pinned to one core (on an idle machine: elapsed time), medians over interleaved rounds, in which every
-timed call follows an untimed one of the same solver. A cell that is in the JSON already, from the same machine and versions,
-is not measured again. A missing peer is skipped, and named.
+the process, pinned to one core (on an idle machine: elapsed time), medians over interleaved rounds in which every
+timed call follows an untimed one of the same solver. A cell that is in the JSON already, from the same machine and
+versions, is not measured again. A missing peer is skipped, and named.
 
 Data: d = 2, three-fold moons -> 8 Gaussians; d = 64, normal -> 10 anisotropic Gaussians; d = 784, 3072, noise ->
 tanh of random fields with spectrum 1/k^1.5 (28 x 28, or 32 x 32 x 3 with correlated channels). A flow is 20 explicit

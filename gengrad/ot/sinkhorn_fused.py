@@ -49,11 +49,13 @@ def symmetric_product(x: Tensor, out: Tensor, blocks: int = 8) -> None:
 class OwnMap:
     """The barycentric map of x onto itself, by the symmetric scaling u, P_ij = K_ij u_i u_j, K of unit diagonal."""
 
-    def __init__(self, problem: Problem, options: Options, half: np.ndarray, eps: float, spread: float, warm):
+    def __init__(
+        self, problem: Problem, options: Options, half: np.ndarray, eps: float, spread: float, warm, out
+    ):
         self.x, self.half, self.eps, self.spread, self.options = problem.x[0], half, eps, spread, options
         self.points, self.a = self.x.numpy(), problem.a.numpy()[0]
         self.error, self.mass, self.total, self.kernel, self.target = math.inf, 1.0, 1.0, None, self.points
-        self.u = np.sqrt(self.a) if warm is None else np.exp(warm[0].numpy() + half / F(eps))
+        self.out, self.u = out, np.sqrt(self.a) if warm is None else np.exp(warm[0].numpy() + half / F(eps))
         if coordinates := bound_coordinates(problem, options):
             mass, bound = core.skip_bound(problem.x, problem.a, problem.eps, coordinates)
             if float(mass) >= options.skip_self_mass:
@@ -84,7 +86,7 @@ class OwnMap:
         return True
 
     def _target(self, ku: np.ndarray) -> np.ndarray:
-        out = np.empty(self.points.shape, F)
+        out = self.out
         if self.x.shape[1] <= NARROW:
             own_kernels.symmetric_averages(self.kernel, self.u, ku, self.xt, out)
             return out
@@ -114,8 +116,14 @@ def _rms(gap: np.ndarray, a: np.ndarray) -> float:
     return math.sqrt(float(np.dot(a, np.einsum("ij,ij->i", gap, gap))))
 
 
-def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
-    """Solve one problem (a batch of one); arguments as `solve_torch`, the solution without batch dimension."""
+def solve_fused(
+    problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None, maps=None
+) -> Solution:
+    """Solve one problem (a batch of one); arguments as `solve_torch`, the solution without batch dimension.
+
+    `maps` are (n, d) arrays to hold target, velocity and self map; by default fresh ones.
+    """
+    maps = [np.empty(problem.x.shape[1:], F) for _ in range(3)] if maps is None else maps
     p, o, x, y = problem, options, problem.x[0], problem.y[0]
     n, m, d, eps, cost = len(x), len(y), x.shape[1], float(p.eps), float(p.mean_cost)
     xn, yn = x.numpy(), y.numpy()
@@ -125,7 +133,7 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     log_b, var_x, var_y, rate = own_kernels.prepare(xn, yn, half_x, half_y, mean_x, mean_y, a, b, eps)
     spread, root = math.sqrt(min(d * eps, 2 * cost)), math.sqrt(1 - rate)
     floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) * (1 + root) / (2 * root)
-    own = OwnMap(p, o, half_x, eps, spread, s_self) if o.debias else None
+    own = OwnMap(p, o, half_x, eps, spread, s_self, maps[2]) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))
     dot, (kernel, k), yt, sweeps = EMPTY, workspace("kernel", n, m), _columns(yn), 0
@@ -157,23 +165,23 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
             break
         if d > fused.DIRECT:  # the self map's plan has overwritten them
             torch.mm(x, y.T, out=products)
-    return _finish(p, o, own, kernel, v, s, log_b, log_row, (sweeps, marginal, error, floor))
+    return _finish(p, o, own, kernel, v, s, log_b, log_row, (sweeps, marginal, error, floor), maps)
 
 
 def _finish(
-    p: Problem, o: Options, own: OwnMap | None, kernel: Tensor, v, s, log_b, log_row, state
+    p: Problem, o: Options, own: OwnMap | None, kernel: Tensor, v, s, log_b, log_row, state, maps
 ) -> Solution:
     """The maps and numbers of `sinkhorn_solve.finish`; spends the kernel."""
     x, y, (sweeps, marginal, error, floor) = p.x[0], p.y[0], state
-    k, target, solved = kernel.numpy(), np.empty(x.shape, F), own is not None and not own.skipped
+    k, solved, (target, velocity) = kernel.numpy(), own is not None and not own.skipped, maps[:2]
     mean_s = own_kernels.row_means(k, v, s)
     if y.shape[1] <= NARROW:
         fused.averages(k, v, _columns(y.numpy()), target)
     else:
         own_kernels.normalise(k, v)
         torch.mm(kernel, y, out=torch.from_numpy(target))
-    velocity, f, g, speed, value, neighbours = own_kernels.finish(
-        x.numpy(), target, own.target if solved else x.numpy(), solved,
+    f, g, speed, value, neighbours = own_kernels.finish(
+        x.numpy(), target, own.target if solved else x.numpy(), solved, velocity,
         NONE if p.centre is None else p.centre.numpy()[0, 0], p.a.numpy()[0], p.b.numpy()[0],
         s, log_b, log_row, mean_s, p.half_x.numpy()[0], p.half_y.numpy()[0], float(p.eps),
     )  # fmt: skip

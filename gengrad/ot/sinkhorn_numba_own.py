@@ -238,14 +238,14 @@ def row_means(kernel, v, s):
 
 
 @jit
-def finish(x, target, base, own, centre, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps):
-    """Velocity, its rms, the potentials in their gauge, the value and the effective neighbours.
+def finish(x, target, base, own, velocity, centre, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps):
+    """Fill in the velocity; its rms, the potentials in their gauge, the value and the effective neighbours.
 
     See `sinkhorn_solve.finish`. `target` and, if it is the solved self map (`own`), `base`, which the velocity
     subtracts, leave in the caller's coordinates.
     """
     n, m, d = x.shape[0], s.shape[0], x.shape[1]
-    velocity, f, g = np.empty((n, d), F), np.empty(n, F), np.empty(m, F)
+    f, g = np.empty(n, F), np.empty(m, F)
     speed, neighbours, sum_f, sum_g = 0.0, 0.0, 0.0, 0.0
     for i in range(n):
         square, inner = F(0.0), F(0.0)
@@ -271,4 +271,4 @@ def finish(x, target, base, own, centre, a, b, s, log_b, log_row, mean_s, half_x
         f[i] -= gauge
     for j in range(m):
         g[j] += gauge
-    return velocity, f, g, math.sqrt(speed), sum_f + sum_g, neighbours
+    return f, g, math.sqrt(speed), sum_f + sum_g, neighbours

@@ -261,7 +261,21 @@ def solve(
 
         if problem.single:
             return solve_fused(problem, options, s, s_self), backend
-        return join([solve_fused(*part(i)) for i in range(batch)], torch.stack), backend
+        maps = torch.empty(
+            3, *problem.x.shape
+        )  # every problem writes its own part: copies of these would be slow
+        parts = [solve_fused(*part(i), list(maps[:, i].numpy())) for i in range(batch)]
+        if options.debias and any(
+            q.self_target.data_ptr() != maps[2, i].data_ptr() for i, q in enumerate(parts)
+        ):
+            for i, q in enumerate(parts):
+                maps[2, i] = q.self_target
+        for q in parts:
+            q.target = q.velocity = q.self_target = None
+        solution = join(parts, torch.stack)
+        solution.target, solution.velocity = maps[0], maps[1]
+        solution.self_target = maps[2] if options.debias else None
+        return solution, backend
     if batch > 1 and problem.x.device.type == "cpu" and n * m >= 2**14:
         return join([solve_torch(*part(i)) for i in range(batch)], torch.cat), backend
     solution = solve_torch(problem, options, s, s_self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import os
 import shlex
 import sys
@@ -51,15 +52,17 @@ def guarded(command, given) -> int:
 
 def _is_users(error: Exception) -> bool:
     """Whether gengrad itself raised this with a message for the user; anything else is a bug and shows its place."""
+    if isinstance(error, OSError) or type(error).__module__.startswith(("gengrad.", "pydantic")):
+        return True
     if isinstance(error, RuntimeError):
-        from gengrad.training.loop import TrainingStopped
-
-        return isinstance(error, TrainingStopped) or type(error).__module__.startswith("gengrad.")
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_here = frame.tb_frame.f_globals.get("__name__", "").startswith("gengrad")
-    return raised_here or type(error).__module__.startswith(("gengrad.", "pydantic")) or isinstance(error, OSError)
+        return False
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    # by a `raise` of its own; a ValueError that Python raises inside gengrad's code, as int("x") does, is a bug
+    code = last.tb_frame.f_code
+    instruction = next((i.opname for i in dis.get_instructions(code) if i.offset == last.tb_lasti), "")
+    return last.tb_frame.f_globals.get("__name__", "").startswith("gengrad") and instruction == "RAISE_VARARGS"
 
 
 # ------------------------------------------------------------------ arguments
@@ -106,6 +109,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=positive, default=None, help="independent draws (default: the config's, 3)")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(command=evaluate)
 
 
@@ -135,7 +139,8 @@ def train(given) -> int:
 
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     config = load_config(given.config, given.overrides)
-    again = shlex.join(["python", "train.py", given.config, *given.overrides])
+    # under a launcher its own command belongs in front, which a process cannot see
+    again = None if "RANK" in os.environ else shlex.join(["python", "train.py", given.config, *given.overrides])
     outcome = run_training(config, again=again)
     return 0 if outcome.finished else 128 + outcome.signal
 
@@ -204,7 +209,7 @@ def _flow(given):
 
     from gengrad.flows.flow import load
 
-    device = getattr(given, "device", "cpu")
+    device = given.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch sees no CUDA device here; use --device auto or cpu")
     if device == "auto":

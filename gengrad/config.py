@@ -155,10 +155,17 @@ def read_config(raw: dict, where: str = "the config", origins: dict[str, str] | 
         fields[section] = _section(section, raw.get(section), schema, problems)
     if problems:
         origin = origins or {}
-        lines = [f"  {key} ({origin.get(key, where)}): {text}" for key, text in problems]
+        lines = [f"  {key} ({_origin(key, origin, where)}): {text}" for key, text in problems]
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise ConfigError("\n".join([f"{count} in the config; nothing was started.", *lines]))
     return RunConfig(**fields)
+
+
+def _origin(key: str, origins: dict[str, str], where: str) -> str:
+    """Where a key's value came from: also where the override gave the list or mapping that holds it."""
+    parts = key.split(".")
+    above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((origins[name] for name in above if name in origins), where)
 
 
 def _named(section: str, raw: object, registry: Registry, default: str | None, problems: list) -> dict | None:

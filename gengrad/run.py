@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
 
 import gengrad
 from gengrad import plotting
@@ -35,25 +37,27 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
     """
     accelerator = _accelerator(config)
     ranks = Ranks.of_process_group()
+    parts: list = []
+
+    def build() -> None:
+        target, source = build_data(config.data, config.source)
+        method: Method = METHODS.build(config.method)
+        _check(config, method, target, accelerator.num_processes)
+        parts.extend((target, source, method))
+
+    # a file that one process cannot read ends all of them, with one message, before anything is written
+    together(ranks, build, (ConfigError, OSError, ValueError))
+    target, source, method = parts
     directory = Path(config.general.out)
     with RunLock(directory, ranks):
-        parts: list = []
-
-        def build() -> None:
-            target, source = build_data(config.data, config.source)
-            method: Method = METHODS.build(config.method)
-            _check(config, method, target, accelerator.num_processes)
-            parts.extend((target, source, method))
-
-        # a file that one process cannot read ends all of them, with one message
-        together(ranks, build, (ConfigError, OSError, ValueError))
-        target, source, method = parts
         store = CheckpointStore(directory / "checkpoints", keep=config.train.keep_checkpoints, ranks=ranks)
         found = store.load_latest()
         tracker = Tracker(directory, accelerator.is_main_process, quiet)
         if found is not None:
             _same_config(found, config)
-        flow = Flow(source) if found is None else Flow.rebuild(**found.shared["flow"]).to(accelerator.device)
+        flow = Flow(source, units=target.units)
+        if found is not None:
+            flow = Flow.rebuild(**found.shared["flow"]).to(accelerator.device)
         problem = _problem(config, source, target, accelerator, fresh=found is None)
         run = Run(
             directory=directory,
@@ -63,7 +67,7 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
             seed=config.general.seed,
             config=config.resolved(),
             publish=lambda flow, progress: _publish(flow, progress, config),
-            preview=lambda flow, progress: preview(flow, target, config, progress.total),
+            preview=lambda flow, progress: _glimpse(flow, target, config, progress.total, tracker),
         )
         if accelerator.is_main_process:
             write_atomically(directory / "config.yaml", _yaml(config).encode())
@@ -87,6 +91,8 @@ def _accelerator(config: RunConfig) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but PyTorch sees no CUDA device here; use device=auto or device=cpu")
     precision = config.train.precision
+    # Accelerate keeps the first precision of a process; a second run in it may ask for another
+    AcceleratorState._reset_state()
     return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision=precision)
 
 
@@ -209,8 +215,8 @@ def _announce(
         f"  steps     {train.steps:,}, a checkpoint every {train.checkpoint_every:,}",
         f"  output    {config.general.out}",
     ]
-    if config.data.get("normalise"):
-        lines.append("  units     the data are normalised, and so are the samples; data.Array.restore undoes it")
+    if problem.target.units is not None:
+        lines.append("  units     trained on normalised data; the samples are in the units of the file")
     if found is not None:
         progress = Progress(**found.shared["progress"])
         lines.append(f"  goes on   at step {progress.total:,} (stage {progress.stage + 1}), from {found.path}")
@@ -228,9 +234,21 @@ def preview(flow: Flow, target: Distribution, config: RunConfig, step: int | Non
     if target.is_image:
         plotting.save(plotting.image_grid(samples, columns=8), folder / f"{name}.png")
     else:
-        truth = target.sample(2000, generator_for(0, "preview"))
-        plotting.save(plotting.scatter(samples, target=truth, title=title), folder / f"{name}.png")
+        plotting.save(plotting.scatter(samples, target=_truth(target), title=title), folder / f"{name}.png")
     return folder / f"{name}.png"
+
+
+def _truth(target: Distribution) -> Tensor:
+    """Points of the target to draw beside the samples, in the samples' units."""
+    return target.restore(target.sample(2000, generator_for(0, "preview")))
+
+
+def _glimpse(flow: Flow, target: Distribution, config: RunConfig, step: int, tracker: Tracker) -> None:
+    """A picture in the middle of the training, which a picture that fails must not end."""
+    try:
+        preview(flow, target, config, step)
+    except (OSError, RuntimeError, ValueError) as error:
+        tracker.say(f"no picture at step {step:,}: {error}")
 
 
 def _farewell(
@@ -245,7 +263,7 @@ def _farewell(
     rows = read_metrics(out)
     if rows:
         plotting.save(plotting.loss_curve(rows), Path(out) / "pictures" / "loss.png")
-    truth = None if target.is_image else target.sample(2000, generator_for(0, "preview"))
+    truth = None if target.is_image else _truth(target)
     path = flow.trajectory(36 if target.is_image else 2000, nfe=config.evaluate.nfe[-1], seed=0)
     plotting.save(plotting.snapshots(path, target=truth), Path(out) / "pictures" / "on_the_way.png")
     if not target.is_image:

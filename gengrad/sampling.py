@@ -27,6 +27,8 @@ def target_of(flow: Flow) -> Distribution:
     data = flow.info.get("config", {}).get("data")
     if data is None:
         raise ValueError("this flow does not say which data it was trained on, so there is nothing to compare with")
+    if flow.units is not None:
+        data = {**data, "normalise": False}  # the flow's samples are in the units of the file
     return DATASETS.build(data, event_shape=flow.event_shape)
 
 

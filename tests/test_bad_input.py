@@ -167,3 +167,16 @@ def test_a_bug_is_not_disguised_as_a_users_mistake(small, monkeypatch):
     monkeypatch.setattr(nsgf.SinkhornStage, "objective", broken)
     with pytest.raises(IndexError):
         main(["train", str(small("run"))])
+
+
+def test_a_bug_of_gengrads_shows_its_place_and_a_mistake_only_its_message(capsys):
+    from gengrad.cli import guarded
+    from gengrad.data.arrays import read_array
+    from gengrad.registry import METHODS
+
+    inside = {"__name__": "gengrad.some_module"}
+    with pytest.raises(ValueError, match="invalid literal"):  # raised by Python, on behalf of gengrad's code
+        guarded(eval("lambda given: int('x')", inside), None)
+    assert guarded(lambda given: read_array("nothing.npy"), None) == 2
+    assert guarded(lambda given: METHODS.get("nsfg"), None) == 2
+    assert "Did you mean" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from PIL import Image
 
 import gengrad
 from gengrad.cli import main
+from gengrad.config import read_config
+from gengrad.sampling import judge, target_of
 
 
 def test_the_same_seed_gives_the_same_samples_whatever_the_chunk_size(trained):
@@ -132,3 +134,37 @@ def test_weights_that_are_not_finite_are_never_published(trained, tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         flow.save(tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_run_on_normalised_data_samples_and_is_judged_in_the_units_of_the_file(tmp_path):
+    points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) * 40 + torch.tensor([1000.0, -200.0])
+    np.save(tmp_path / "points.npy", points.numpy())
+    raw = {
+        "out": str(tmp_path / "run"),
+        "data": {"name": "array", "path": str(tmp_path / "points.npy"), "normalise": True},
+        "network": {"name": "mlp", "width": 16, "depth": 2},
+        "method": {"name": "nsgf", "ot_batch": 64},
+        "train": {"steps": 60, "batch_size": 64, "lr": 1e-2},
+    }
+    gengrad.train(read_config(raw), quiet=True)
+    flow = gengrad.load(tmp_path / "run")
+    samples, path = flow.sample(400, nfe=5, seed=0), flow.trajectory(400, nfe=5, seed=0)
+    # a crudely trained flow is within a standard deviation; normalised units would be 25 of them away
+    assert (samples.mean(0) - points.mean(0)).abs().max() < 40
+    assert torch.equal(path[-1], samples)
+    report = judge(flow, target_of(flow), [5], n=300, draws=1, seed=0)
+    assert 0.5 < report["results"][0]["w2"]["mean"] < 60
+
+
+def test_a_second_run_in_one_process_may_have_another_precision(tmp_path):
+    for number, precision in enumerate(("no", "bf16", "no")):
+        raw = {
+            "out": str(tmp_path / str(number)),
+            "data": "moons",
+            "network": {"name": "mlp", "width": 8, "depth": 1},
+            "method": {"name": "flow_matching"},
+            "train": {"steps": 2, "batch_size": 8, "precision": precision},
+        }
+        gengrad.train(read_config(raw), quiet=True)
+    plain, _, again = (gengrad.load(tmp_path / str(number)).state_dict() for number in range(3))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)

@@ -153,7 +153,7 @@ class Array(FiniteData):
 
     ``normalise`` maps points to (x - m) / s, with the training points' mean m and *one* scale s (their root
     mean square distance from m per coordinate): distances all shrink alike, so the optimal transport stays
-    the same. ``restore`` undoes it. Data without variance keep s = 1.
+    the same. A flow trained on them samples in the units of the file. Data without variance keep s = 1.
 
     Raises ``FileNotFoundError`` or ``ValueError`` with what was found, what is allowed and how to mend it.
     """
@@ -189,7 +189,6 @@ class Array(FiniteData):
         order = torch.randperm(len(data), generator=generator_for(c.split_seed, "array split"))
         # sorted, so that neighbours in the file stay neighbours in memory
         self.points, self.held_out = data[order[count:].sort().values], data[order[:count].sort().values]
-        self.mean, self.scale = torch.zeros(self.event_shape), 1.0
         if c.normalise:
             self._normalise()
 
@@ -218,10 +217,7 @@ class Array(FiniteData):
         points = self.points.double()
         mean = points.mean(0)
         scale = (points - mean).square().mean().sqrt().item()
-        self.mean, self.scale = mean.float(), scale if scale > 0 else 1.0
-        self.points = ((points - mean) / self.scale).float()
-        self.held_out = ((self.held_out.double() - mean) / self.scale).float()
-
-    def restore(self, x: Tensor) -> Tensor:
-        """Samples in the units of the file: m + s x."""
-        return self.mean.to(x) + self.scale * x
+        scale = scale if scale > 0 else 1.0
+        self.units = mean.float(), scale
+        self.points = ((points - mean) / scale).float()
+        self.held_out = ((self.held_out.double() - mean) / scale).float()

@@ -28,6 +28,8 @@ class Distribution(Configured, ABC):
     modes: Tensor | None = None
     mode_weights: Tensor | None = None
     mode_radius: float | None = None
+    # (m, s) where the events are (x - m) / s of what the user gave: mean (*event) and one scale; None: as given
+    units: tuple[Tensor, float] | None = None
 
     def __init__(
         self, config: Settings | None = None, *, event_shape: tuple[int, ...] | None = None, **settings
@@ -49,6 +51,10 @@ class Distribution(Configured, ABC):
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """``n`` independent draws, float32, shape ``(n, *event_shape)``, on the CPU."""
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Events in the units that the user gave: m + s x."""
+        return x if self.units is None else self.units[0].to(x) + self.units[1] * x
 
     @property
     def is_image(self) -> bool:

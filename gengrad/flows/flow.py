@@ -44,12 +44,19 @@ class Samples:
 class Flow(nn.Module):
     """A source and the transports that carry its mass to the target, in order.
 
-    ``info`` is free JSON that travels with the flow: the method, its settings, training metrics.
+    ``info`` is free JSON that travels with the flow: the method, its settings, training metrics. ``units`` (m, s): the
+    transports work on normalised points, and what leaves the flow is m + s x.
     """
 
-    def __init__(self, source: Distribution, transports: list[Transport] | None = None, info: dict | None = None):
+    def __init__(
+        self,
+        source: Distribution,
+        transports: list[Transport] | None = None,
+        info: dict | None = None,
+        units: tuple[Tensor, float] | None = None,
+    ):
         super().__init__()
-        self.source, self.info = source, dict(info or {})
+        self.source, self.info, self.units = source, dict(info or {}), units
         self.transports = nn.ModuleList(transports or [])
 
     @property
@@ -101,7 +108,7 @@ class Flow(nn.Module):
                     chunk //= 2
                     continue
                 position = stop
-        return Samples(torch.cat(parts), counted["evaluations"] / n, seed, time.perf_counter() - started)
+        return Samples(self._restore(torch.cat(parts)), counted["evaluations"] / n, seed, time.perf_counter() - started)
 
     def trajectory(self, n: int, nfe: int | None = None, seed: int = 0, solver: str | None = None) -> Tensor:
         """The same samples on their way: (steps + 1, n, *event), source first."""
@@ -110,7 +117,7 @@ class Flow(nn.Module):
             states = [draw(self.source, 0, n, seed, "source").to(self.device)]
             for transport, share in zip(self.transports, self.allocate(nfe)):
                 states += list(transport.path(states[-1], nfe=share))
-        return torch.stack(states).cpu()
+        return self._restore(torch.stack(states).cpu())
 
     def cost(self, nfe: int | None = None, solver: str | None = None) -> int:
         """Network evaluations that ``sample(nfe=nfe, solver=solver)`` spends a sample; ``ValueError`` if it cannot."""
@@ -133,6 +140,9 @@ class Flow(nn.Module):
             for transport, share in zip(self.transports, budget):
                 x = transport.push(x, nfe=share)
         return x
+
+    def _restore(self, x: Tensor) -> Tensor:
+        return x if self.units is None else self.units[0].to(x) + self.units[1] * x
 
     @staticmethod
     def _check(n: int, chunk: int) -> None:
@@ -181,6 +191,7 @@ class Flow(nn.Module):
             "source": settings_of(self.source),
             "event_shape": list(self.event_shape),
             "transports": [transport.describe() for transport in self.transports],
+            "units": None if self.units is None else [self.units[0].tolist(), self.units[1]],
             "info": self.info,
         }
 
@@ -188,7 +199,9 @@ class Flow(nn.Module):
     def rebuild(cls, description: dict, tensors: dict[str, Tensor]) -> Flow:
         """The flow that ``describe`` and ``state_dict`` gave."""
         source = DATASETS.build(description["source"], event_shape=tuple(description["event_shape"]))
-        flow = cls(source, [transport_from(d) for d in description["transports"]], description["info"])
+        units = description["units"]
+        units = None if units is None else (torch.tensor(units[0]), units[1])
+        flow = cls(source, [transport_from(d) for d in description["transports"]], description["info"], units)
         flow.load_state_dict(tensors, strict=True)
         return flow.eval()
 

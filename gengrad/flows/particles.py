@@ -27,13 +27,13 @@ class ParticleFlow:
     logs: tuple[dict[str, float], ...] = field(default=())
 
 
-def geodesic_times(steps: int, end: float = 1.0) -> list[float]:
-    """Equal steps of the geodesic clock: t_k = k end / steps, k = 0 .. steps.
+def geodesic_times(steps: int) -> list[float]:
+    """Equal steps of the geodesic clock: t_k = k / steps, k = 0 .. steps.
 
     Where the velocity of the remaining flow is w = v / (1 - t), a step of the clock from t_k to t_{k+1} moves by
     eta_k v with eta_k = (t_{k+1} - t_k) / (1 - t_k); a constant eta gives t_k = 1 - (1 - eta)^k.
     """
-    return [end * k / steps for k in range(steps + 1)]
+    return [k / steps for k in range(steps + 1)]
 
 
 def geodesic_taus(times: Sequence[float]) -> list[float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil
+from statistics import mean
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gengrad.data.draws import Shuffle, Stream, generator_for
@@ -17,7 +18,7 @@ from gengrad.flows.pool import TrajectoryPool
 from gengrad.flows.transports import VelocityTransport
 from gengrad.functionals.divergence import sinkhorn_log
 from gengrad.methods.base import Method, Part, Problem, Stage
-from gengrad.ot import sinkhorn_velocity
+from gengrad.ot import SinkhornResult, exact_assignment, sinkhorn_velocity
 from gengrad.registry import METHODS, Settings
 
 
@@ -36,8 +37,9 @@ class NSGF(Method):
         pool: Literal["euler", "geodesic"] = "geodesic"
         flow_steps: int = Field(5, ge=1)
         # mean: the debiased barycentric velocity of the theory; sample: towards a target point drawn from the plan's
-        # row. Drawn targets never lie between two modes and have the target's law exactly, so they need no self term
-        target: Literal["mean", "sample"] = "sample"
+        # row; match: the plan rounded to the best permutation, which its potentials find quickly (epsilon -> 0). Drawn
+        # and matched targets never lie between two modes and have the target's law, so they need no self term
+        target: Literal["mean", "sample", "match"] = "sample"
         epsilon: float | None = Field(None, gt=0)  # absolute, in units of |x - y|^2 / 2; overrides epsilon_rel
         epsilon_rel: float = Field(0.02, gt=0)  # in units of the mean cost of the batch pair
         tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
@@ -47,6 +49,12 @@ class NSGF(Method):
         pool_batches: int = Field(1, ge=1)  # OT batches that the pool mixes
         pool_memory_mb: int = Field(1024, ge=1)
         ot_scope: Literal["global", "rows", "local"] = "global"
+
+        @model_validator(mode="after")
+        def _matchable(self):
+            if self.target == "match" and (self.ot_scope == "rows" or self.target_batch not in (None, self.ot_batch)):
+                raise ValueError("target=match pairs points one to one: leave out target_batch, and ot_scope=rows")
+            return self
 
     def batches(self) -> dict[str, tuple[int, bool]]:
         c = self.config
@@ -134,7 +142,7 @@ class SinkhornStage(Stage):
         """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock."""
         c, shape, y = self.config, x.shape, y.flatten(1)
         x = x.flatten(1)
-        states, solved = [x], None
+        states, logs, solved = [x], [], None
         for eta in geodesic_taus(self.times.tolist()):
             solved = sinkhorn_velocity(
                 x,
@@ -145,11 +153,22 @@ class SinkhornStage(Stage):
                 warm_start=solved,
                 debias=c.target == "mean",
             )
-            v = solved.velocity if c.target == "mean" else y[solved.sample_targets(generator)] - x
-            x = x + eta * v
+            x = x + eta * self._velocity(x, y, solved, generator)
             states.append(x)
-        self._logs = sinkhorn_log(solved)
+            logs.append(sinkhorn_log(solved))
+        # over the solves of the path: the worst marginal error, whether all converged, the mean of the rest
+        pick = {"marginal_error": max, "converged": min}
+        self._logs = {key: pick.get(key, mean)([log[key] for log in logs]) for key in logs[-1]}
         return torch.stack(states).view(len(states), *shape)
+
+
+    def _velocity(self, x: Tensor, y: Tensor, solved: SinkhornResult, generator: torch.Generator) -> Tensor:
+        """Where the particles x (n, d) are sent: the mean, a draw or the rounding of their rows of the plan."""
+        if self.config.target == "mean":
+            return solved.velocity
+        if self.config.target == "match":
+            return y[exact_assignment(x, y, solved.g)] - x
+        return y[solved.sample_targets(generator)] - x
 
 
 def stratified(n: int, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,9 @@ from .sinkhorn_kernels import SMALLEST
 
 F = np.float32
 jit = njit(fastmath=True, nogil=True, cache=True, error_model="numpy")  # the callers keep inf and NaN out
+# for what other kernels call. Inlined by force: else a process that compiles them and one that loads them from the
+# cache would link different copies, and round differently
+inner = njit(fastmath=True, nogil=True, cache=True, error_model="numpy", forceinline=True)
 _LOWEST, _LOG2E = F(SMALLEST), F(1.4426950408889634)
 
 
@@ -48,7 +51,7 @@ def largest(context, p, q):
     return types.float32(types.float32, types.float32), generate
 
 
-@jit
+@inner
 def exp32(x):
     """e^x for x <= 0, not below e^SMALLEST: 2^k times a degree-5 polynomial in the rest."""
     t = largest(x, _LOWEST) * _LOG2E
@@ -63,13 +66,13 @@ def exp32(x):
     return p * _bits_to_float(np.int32((k + np.int32(127)) << np.int32(23)))
 
 
-@jit
+@inner
 def exp_any(x):
     """e^x for |x| <= 60."""
     return exp32(x - F(60.0) if x > F(0.0) else x) * (F(1.1420074e26) if x > F(0.0) else F(1.0))
 
 
-@jit
+@inner
 def log32(x):
     """log x of a positive normal float32: exponent, and 2 artanh of the mantissa; absolute error 2e-7 (1 + |log x|)."""
     bits = _float_to_bits(x)

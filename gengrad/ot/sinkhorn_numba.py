@@ -12,14 +12,14 @@ import math
 
 import numpy as np
 
-from .numba_math import F, exp32, exp_any, jit, largest, log32
+from .numba_math import F, exp32, exp_any, inner, jit, largest, log32
 from .sinkhorn_core import CHECK_EVERY, LIMIT, PATIENCE, PROBATION, REACH, SAFETY, STAGE_RATIO, WINDOW
 from .sinkhorn_kernels import MAX_LOG_SCALING
 
 DIRECT = 4  # up to so many dimensions the products x.y are made on the fly
 
 
-@jit
+@inner
 def fill_row(row, i, dot, x, yt, s, inv_eps):
     """row_j = x_i . y_j / eps + s_j; returns the largest."""
     m = s.shape[0]
@@ -40,7 +40,7 @@ def fill_row(row, i, dot, x, yt, s, inv_eps):
     return top
 
 
-@jit
+@inner
 def exp_sweep(dot, x, yt, s, inv_eps, a, kernel, c, log_row):
     """Column masses c and log_row at s, by exponentials; rows summing to one are stored in `kernel` if it has room."""
     n, m = a.shape[0], s.shape[0]
@@ -66,7 +66,7 @@ def exp_sweep(dot, x, yt, s, inv_eps, a, kernel, c, log_row):
                 c[j] += w * row[j]
 
 
-@jit
+@inner
 def scaled_sweep(kernel, v, a, base, c, log_row):
     """The same at a scaling v of the stored kernel's columns, in one reading of the kernel."""
     n, m = kernel.shape
@@ -85,7 +85,7 @@ def scaled_sweep(kernel, v, a, base, c, log_row):
         c[j] *= v[j]
 
 
-@jit
+@inner
 def averages(kernel, v, zt, out):
     """out (n, p) = row averages of z, given as zt (p, m), under the stored kernel with columns scaled by v."""
     n, m = kernel.shape
@@ -105,7 +105,7 @@ def averages(kernel, v, zt, out):
             out[i, q] = total / t
 
 
-@jit
+@inner
 def residual(b, c, r):
     """r = log(b / c), bounded; returns its rms under b, and the marginal error."""
     size, marginal = F(0.0), F(0.0)
@@ -118,7 +118,7 @@ def residual(b, c, r):
     return math.sqrt(size), marginal
 
 
-@jit
+@inner
 def solve_small(gram, rhs, k):
     """Solve the symmetric positive definite k x k system in place by Cholesky; gram and rhs are destroyed."""
     for i in range(k):
@@ -137,7 +137,7 @@ def solve_small(gram, rhs, k):
         rhs[i] /= gram[i, i]
 
 
-@jit
+@inner
 def anderson_step(s, r, c, ds, dr, count, reach):
     """s <- s + r - (dS + dR) gamma, gamma minimising |sqrt(c) (r - dR gamma)| (see `sinkhorn_core.Anderson`)."""
     m = s.shape[0]
@@ -173,7 +173,7 @@ def anderson_step(s, r, c, ds, dr, count, reach):
         s[j] += r[j] - scale * w[j]
 
 
-@jit
+@inner
 def rms_gap(u, v, a):
     """Root of the weighted mean square of the rows of u - v."""
     total = 0.0
@@ -185,7 +185,7 @@ def rms_gap(u, v, a):
     return math.sqrt(total)
 
 
-@jit
+@inner
 def moment_gap(zt, c, b):
     """|sum_j (c_j - b_j) z_j|: the mean error of the barycentric map, through the probes."""
     square = 0.0
@@ -197,7 +197,7 @@ def moment_gap(zt, c, b):
     return math.sqrt(square)
 
 
-@jit
+@inner
 def watched_rate(rate, s, s_old, r, r_old, c):
     """The slowest rate, with what the last step tells of it (see `sinkhorn_core.Progress.watch`)."""
     total, mean, square, inner = F(0.0), F(0.0), F(0.0), F(0.0)
@@ -215,7 +215,7 @@ def watched_rate(rate, s, s_old, r, r_old, c):
     return rate
 
 
-@jit
+@inner
 def least_left(rate, before, now):
     """What iterations `before` to `now` leave of the slowest mode at best (see `sinkhorn_core.Progress.error`)."""
     if now < PROBATION:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numba import njit
 
-from .numba_math import F, exp32, exp_any, jit, largest, log32
+from .numba_math import F, exp32, exp_any, inner, jit, largest, log32
 
 
 @jit
@@ -35,7 +35,7 @@ def self_kernel(dot, x, xt, half, inv_eps, kernel):
             row[j] = exp32(-largest(-row[j], F(0.0)))
 
 
-@jit
+@inner
 def symmetric_times(kernel, u, out):
     """out = K u, K symmetric and stored in its upper triangle."""
     n = u.shape[0]
@@ -118,7 +118,7 @@ def symmetric_plan(kernel, u, ku, out):
                     out[j, i] = kernel[i, j] * u[i] * scale
 
 
-@jit
+@inner
 def top_variance(x, points, rounds):
     """See `sinkhorn_core.top_variance`."""
     n, d = x.shape

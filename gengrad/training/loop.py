@@ -70,12 +70,13 @@ class Progress:
 
 @dataclass
 class Outcome:
-    """How a call of ``fit`` ended: ``finished``, or stopped by a ``signal`` after a save."""
+    """How a call of ``fit`` ended: ``finished``, or stopped by a ``signal`` after a save; what this call took."""
 
     finished: bool
     signal: int | None
     progress: Progress
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass
@@ -105,7 +106,12 @@ def fit(stages: Iterable[Stage], flow: Flow, settings: TrainSettings, run: Run, 
     The end of a stage is a commit point. Raises ``TrainingStopped`` after 10 non-finite steps in a row. A signal
     ends it after a save, with ``Outcome.signal`` set.
     """
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
+
+    def ended(finished: bool, signal: int | None) -> Outcome:
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        return Outcome(finished, signal, run.progress, seconds, cpu_seconds)
+
     if found is not None:
         run.progress = Progress(**found.shared["progress"])
     run.tracker.cut(found.shared["metrics_position"] if found is not None else 0)
@@ -116,11 +122,11 @@ def fit(stages: Iterable[Stage], flow: Flow, settings: TrainSettings, run: Run, 
                 continue  # its transport is in the flow already
             trained = True
             if not _fit_stage(stage, flow, settings, run, found, interrupts):
-                return Outcome(False, interrupts.signal, run.progress, time.perf_counter() - started)
+                return ended(False, interrupts.signal)
             found = None
     if not trained:  # a kill may have come between the last checkpoint and its publication
         _publish(lambda: run.publish(flow, run.progress), run)
-    return Outcome(True, None, run.progress, time.perf_counter() - started)
+    return ended(True, None)
 
 
 class _Fitter:
@@ -151,8 +157,14 @@ class _Fitter:
             )
         self.optimizer.zero_grad(set_to_none=True)
         # `prepare` has wrapped the networks' forward for mixed precision; transport problems keep full precision
-        loss, logs = stage.objective(self.networks, part, generator)
-        run.accelerator.backward(loss)
+        try:
+            loss, logs = stage.objective(self.networks, part, generator)
+            run.accelerator.backward(loss)
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(
+                f"stage {stage.name!r}, step {progress.step}: out of GPU memory ({str(error).split('. ')[0]}). Lower "
+                "train.batch_size or the network's width, or try train.precision=bf16; the last checkpoint is kept"
+            ) from error
         norm = nn.utils.clip_grad_norm_(self.named.values(), settings.grad_clip)
         # the gradient is averaged over processes, so its norm tells all of them the same; the loss does not
         finite = torch.stack([loss.detach().float(), norm.float()]).isfinite().all()
@@ -221,6 +233,7 @@ def _fit_stage(
             _with_current(fitter, flow, run.preview, progress)
     flow.transports.append(stage.transport(fitter.ema.networks))
     run.progress = Progress(progress.stage + 1, 0, progress.total, 0, progress.skipped)
+    run.accelerator.free_memory()  # it holds every network it has prepared, and a method may have many stages
     _commit(None, flow, run)
     tracker.finish()
     return True

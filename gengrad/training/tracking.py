@@ -46,11 +46,9 @@ class Tracker:
         if self.active and not self.quiet and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True)
 
-    def advance(self, text: str | None = None) -> None:
+    def advance(self) -> None:
         if self._bar is not None:
             self._bar.update()
-            if text:
-                self._bar.set_postfix_str(text)
 
     @property
     def has_bar(self) -> bool:

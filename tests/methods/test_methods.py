@@ -88,7 +88,7 @@ def test_the_euler_pool_follows_the_particle_flow_of_the_sinkhorn_divergence():
 
 
 @pytest.mark.parametrize("pool", ["euler", "geodesic"])
-@pytest.mark.parametrize("target", ["mean", "sample"])
+@pytest.mark.parametrize("target", ["mean", "sample", "match"])
 def test_images_are_moved_as_images(pool, target):
     stage = stage_of(NSGF(ot_batch=32, pool=pool, target=target, flow_steps=2), target="digits", batch_size=16)
     assert loss_at(stage, size=16).isfinite()
@@ -112,6 +112,19 @@ def test_drawn_targets_are_target_points_and_average_to_the_barycentric_map():
     solved = gengrad.sinkhorn(x, y, epsilon_rel=0.2)
     # 400 draws of points spread over about 5: a standard error of 0.25, five of them for the worst of 128 numbers
     assert (ends.mean(0) - solved.target).abs().max() < 1.25
+
+
+def test_matched_targets_are_the_best_permutation():
+    stage = stage_of(NSGF(ot_batch=64, pool="geodesic", target="match", tol=0.3))
+    x, y = stage.source.take(0, 64), stage.target.take(0, 64)
+    ends = stage._flow(x, y, torch.Generator())[-1]
+    assert torch.allclose(ends, y[gengrad.ot.exact_assignment(x, y)], atol=1e-5)  # x + (y - x) in fp32
+
+
+def test_matching_needs_as_many_targets_as_particles():
+    for wrong in ({"target_batch": 32}, {"ot_scope": "rows"}):
+        with pytest.raises(ValueError, match="one to one"):
+            NSGF(ot_batch=64, target="match", **wrong)
 
 
 def test_each_particle_of_the_pool_is_trained_on_as_often_as_uses_says():

@@ -1,5 +1,6 @@
 """Batches, blocks, memory, sampling, skipping, degenerate and bad input, and the divergence's gradient."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -67,34 +68,40 @@ def test_blocks_of_rows_give_what_the_whole_kernel_gives(d):
     assert float(blocked.self_mass) == pytest.approx(float(whole.self_mass), rel=1e-4)
 
 
-def peak_gigabytes(n: int, bound: float) -> float:
-    """Peak resident memory of a fresh process that solves n x n points in the plane, PyTorch itself included."""
+def peak_gigabytes(n: int, bound: float) -> tuple[float, float]:
+    """Peak resident memory of a fresh process before and after it solves n x n points in the plane.
+
+    Before: with PyTorch, and a small problem solved, so that no compiler's memory is counted.
+    """
     code = f"""
         import resource, sys, torch
         sys.path.insert(0, {str(ROOT)!r})
         torch.set_num_threads(2)
         import gengrad.ot as ot
         g = torch.Generator().manual_seed(0)
-        x, y = torch.randn({n}, 2, generator=g), torch.randn({n}, 2, generator=g) * 0.5 + 1
-        r = ot.sinkhorn_velocity(x, y, epsilon_rel=0.1, max_memory={bound}, tol=0.05)
-        assert bool(r.converged)
-        r.sample_targets()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        for n in (200, {n}):
+            x, y = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g) * 0.5 + 1
+            r = ot.sinkhorn_velocity(x, y, epsilon_rel=0.1, max_memory={bound}, tol=0.05)
+            assert bool(r.converged)
+            r.sample_targets()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     """
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
-    return float(out.stdout)
+    before, after = map(float, out.stdout.split())
+    return before, after
 
 
 def test_memory_follows_its_bound():
     # one 5000 x 5000 buffer is 0.1 GB: four of them unbounded, and with 0.05 GB for all of them almost nothing
-    assert peak_gigabytes(5000, 5e7) < peak_gigabytes(200, 5e7) + 0.2
+    before, after = peak_gigabytes(5000, 5e7)
+    assert after < before + 0.2
 
 
 @pytest.mark.slow
 def test_twenty_thousand_points_fit_in_four_gigabytes():
-    assert peak_gigabytes(20_000, ot.MAX_MEMORY) < 4.0
+    assert peak_gigabytes(20_000, ot.MAX_MEMORY)[1] < 4.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -301,3 +308,25 @@ def test_the_divergence_falls_at_every_step_of_the_flow_and_to_a_hundredth():
         x = x + 0.3 * warm.velocity
     assert all(later < earlier for earlier, later in pairwise(values))
     assert 0 <= values[-1] < 0.01 * values[0]
+
+
+@pytest.mark.slow
+def test_kernels_just_compiled_and_kernels_from_the_cache_give_the_same_bits(tmp_path):
+    pytest.importorskip("numba")
+    code = f"""
+        import hashlib, sys, torch
+        sys.path.insert(0, {str(ROOT)!r})
+        import gengrad.ot as ot
+        digest, g = hashlib.sha256(), torch.Generator().manual_seed(0)
+        for epsilon_rel in (0.002, 0.02, 0.2):
+            x, y = torch.randn(256, 2, generator=g), torch.randn(256, 2, generator=g) * 2 + 1
+            digest.update(ot.sinkhorn_velocity(x, y, epsilon_rel=epsilon_rel).velocity.numpy().tobytes())
+        print(digest.hexdigest())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
+    assert any(tmp_path.rglob("*.nbc"))  # the first run has filled the cache
+    assert runs[0] == runs[1]

@@ -171,9 +171,19 @@ def test_exact_transport_agrees_with_the_assignment_and_with_one_dimensional_sor
     assert torch.allclose(ot.exact_plan(x, y)[torch.arange(40), j], torch.full((40,), 1 / 40))
 
 
+@pytest.mark.parametrize("guess", ["good", "zero", "wrong"])
+def test_an_assignment_from_a_potential_is_exact_however_good_the_potential_is(guess):
+    x, y = clouds(90, 90, 3, dtype=torch.float32)
+    solved = ot.sinkhorn(x, y, epsilon_rel=0.01).g
+    potential = {"good": solved, "zero": 0 * solved, "wrong": -3 * solved.flip(0)}[guess]
+    assert torch.equal(ot.exact_assignment(x, y, potential), ot.exact_assignment(x, y))
+
+
 def test_exact_transport_refuses_clouds_of_unequal_size_for_an_assignment():
     with pytest.raises(ValueError, match="as many"):
         ot.exact_assignment(*clouds(4, 5))
+    with pytest.raises(ValueError, match="potential"):
+        ot.exact_assignment(*clouds(4, 4), torch.zeros(5))
 
 
 def test_a_flow_in_the_span_of_its_points_is_the_flow_itself():

@@ -59,7 +59,7 @@ def _from_potential(x: Tensor, y: Tensor, potential: Tensor) -> Tensor:
 
     if potential.shape != y.shape[:1]:
         raise ValueError(
-            f"exact_assignment: the potential has shape {tuple(potential.shape)} for {y.shape[0]} points y; give one each."
+            f"exact_assignment: a potential of shape {tuple(potential.shape)} for {y.shape[0]} points y; give one each."
         )
     cost = torch.cdist(x.double(), y.double()).square() / 2 - potential.double()
     reduced = cost - cost.amin(1, keepdim=True)

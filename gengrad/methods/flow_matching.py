@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from gengrad.data.draws import Stream
@@ -26,9 +27,10 @@ class FlowMatching(Method):
 
     class Config(Settings):
         coupling: Literal["independent", "minibatch_ot"] = "independent"
+        time_exponent: float = Field(1.0, gt=0)  # t = u^time_exponent, u uniform; 1: the papers
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
-        yield StraightStage(problem, self.config.coupling)
+        yield StraightStage(problem, self.config)
 
 
 class StraightStage(Stage):
@@ -36,8 +38,8 @@ class StraightStage(Stage):
 
     name = "flow_matching"
 
-    def __init__(self, problem: Problem, coupling: str):
-        self.problem, self.coupling, self.steps = problem, coupling, problem.steps
+    def __init__(self, problem: Problem, config: FlowMatching.Config):
+        self.problem, self.config, self.steps = problem, config, problem.steps
         self.networks = {"velocity": problem.make_network()}
         self.source = Stream(problem.source, problem.seed, "train/source")
         self.target = Stream(problem.target, problem.seed, "train/target")
@@ -48,8 +50,8 @@ class StraightStage(Stage):
         rows = part.rows()
         start, stop = part.step * part.size + rows.start, part.step * part.size + rows.stop
         x_0, x_1 = self.source.take(start, stop), self.target.take(start, stop)
-        t = torch.rand(part.size, generator=generator)[rows]
-        if self.coupling == "minibatch_ot":
+        t = torch.rand(part.size, generator=generator)[rows] ** self.config.time_exponent
+        if self.config.coupling == "minibatch_ot":
             x_1 = x_1[exact_assignment(x_0.flatten(1), x_1.flatten(1))]
         x_0, x_1, t = (z.to(self.problem.device) for z in (x_0, x_1, t))
         s = t.view(-1, *[1] * (x_0.dim() - 1))

@@ -54,7 +54,7 @@ class OwnMap:
     ):
         self.x, self.half, self.eps, self.spread, self.options = problem.x[0], half, eps, spread, options
         self.points, self.a = self.x.numpy(), problem.a.numpy()[0]
-        self.error, self.mass, self.total, self.kernel, self.target = math.inf, 1.0, 1.0, None, self.points
+        self.error, self.mass, self.total, self.kernel, self.ku = math.inf, 1.0, 1.0, None, EMPTY
         self.out, self.u = out, np.sqrt(self.a) if warm is None else np.exp(warm[0].numpy() + half / F(eps))
         if coordinates := bound_coordinates(problem, options):
             mass, bound = core.skip_bound(problem.x, problem.a, problem.eps, coordinates)
@@ -63,7 +63,7 @@ class OwnMap:
         self.skipped = self.error < math.inf
 
     def reach(self, goal: float) -> bool:
-        """Bring the rms error below `goal` if it is not; True when the map changed."""
+        """Bring the rms error below `goal` if it is not; True when the map changed. Works in the upper triangle."""
         if self.error <= goal:
             return False
         if self.kernel is None:
@@ -73,7 +73,7 @@ class OwnMap:
                 products, dot = workspace("products", n, n)
                 symmetric_product(self.x, products)
             own_kernels.self_kernel(dot, self.points, self.xt, self.half, F(1.0 / self.eps), self.kernel)
-        ku, _, self.error, self.total, self.mass = own_kernels.solve_self(
+        self.ku, _, self.error, self.total, self.mass = own_kernels.solve_self(
             self.kernel,
             self.u,
             self.a,
@@ -82,18 +82,29 @@ class OwnMap:
             residual_goal(self.options.tol),
             min(self.options.max_iter, 200),
         )
-        self.target, self.skipped = self._target(ku), False
+        self.skipped = False
         return True
 
-    def _target(self, ku: np.ndarray) -> np.ndarray:
-        out = self.out
+    def seen(self) -> np.ndarray:
+        """The map through the probe directions: all that the stopping rule looks at, for a few passes of the kernel."""
+        points = _seen(self.points)
+        if self.kernel is None:
+            return points
+        shown = np.empty_like(points)
+        own_kernels.symmetric_averages(self.kernel, self.u, self.ku, np.ascontiguousarray(points.T), shown)
+        return shown
+
+    def target(self) -> np.ndarray:
+        """The map itself (n, d). Overwrites the products."""
+        if self.kernel is None:
+            return self.points
         if self.x.shape[1] <= NARROW:
-            own_kernels.symmetric_averages(self.kernel, self.u, ku, self.xt, out)
-            return out
+            own_kernels.symmetric_averages(self.kernel, self.u, self.ku, self.xt, self.out)
+            return self.out
         tensor, plan = workspace("products", *self.kernel.shape)
-        own_kernels.symmetric_plan(self.kernel, self.u, ku, plan)
-        torch.mm(tensor, self.x, out=torch.from_numpy(out))
-        return out
+        own_kernels.symmetric_plan(self.kernel, self.u, self.ku, plan)
+        torch.mm(tensor, self.x, out=torch.from_numpy(self.out))
+        return self.out
 
     def potential(self) -> tuple[np.ndarray, float]:
         """h, and OT(x, x) as its dual value 2 <a, h> - eps (sum P - 1)."""
@@ -149,7 +160,7 @@ def solve_fused(
     else:
         s = s.numpy()[0].copy()
     zt, log_row, share = np.ascontiguousarray(_seen(yn).T), np.empty(n, F), (1 - SELF_SHARE) * o.tol
-    base = _seen(xn if own is None else own.target)
+    base = _seen(xn) if own is None else own.seen()
     while True:
         v, more, marginal, error, shot, rate = fused.solve_pair(
             dot, xn, yt, s, F(1.0 / eps), a, b, zt, base, share, 0.5 * floor,
@@ -158,13 +169,9 @@ def solve_fused(
         sweeps += more
         if own is None or not own.reach(max(SELF_SHARE * o.tol * fused.rms_gap(shot, base, a), 0.5 * floor)):
             break
-        base = _seen(
-            own.target
-        )  # refined for a speed that turned out small, which changes the speed a little
+        base = own.seen()  # refined for a speed that turned out small, which changes the speed a little
         if sweeps >= o.max_iter or error <= max(share * fused.rms_gap(shot, base, a), 0.5 * floor):
             break
-        if d > fused.DIRECT:  # the self map's plan has overwritten them
-            torch.mm(x, y.T, out=products)
     return _finish(p, o, own, kernel, v, s, log_b, log_row, (sweeps, marginal, error, floor), maps)
 
 
@@ -174,14 +181,14 @@ def _finish(
     """The maps and numbers of `sinkhorn_solve.finish`; spends the kernel."""
     x, y, (sweeps, marginal, error, floor) = p.x[0], p.y[0], state
     k, solved, (target, velocity) = kernel.numpy(), own is not None and not own.skipped, maps[:2]
-    mean_s = own_kernels.row_means(k, v, s)
+    mean_s, own_target = own_kernels.row_means(k, v, s), x.numpy() if own is None else own.target()
     if y.shape[1] <= NARROW:
         fused.averages(k, v, _columns(y.numpy()), target)
     else:
         own_kernels.normalise(k, v)
         torch.mm(kernel, y, out=torch.from_numpy(target))
     f, g, speed, value, neighbours = own_kernels.finish(
-        x.numpy(), target, own.target if solved else x.numpy(), solved, velocity,
+        x.numpy(), target, own_target, solved, velocity,
         NONE if p.centre is None else p.centre.numpy()[0, 0], p.a.numpy()[0], p.b.numpy()[0],
         s, log_b, log_row, mean_s, p.half_x.numpy()[0], p.half_y.numpy()[0], float(p.eps),
     )  # fmt: skip
@@ -194,7 +201,7 @@ def _finish(
     )  # fmt: skip
     if own is not None:
         h, own_value = own.potential()
-        solution.self_target = torch.from_numpy(own.target) if solved else p.back(p.x)[0]
+        solution.self_target = torch.from_numpy(own_target) if solved else p.back(p.x)[0]
         solution.self_potential, solution.self_mass = torch.from_numpy(h), torch.tensor(own.mass)
         solution.self_value = torch.tensor(own_value)
     return solution

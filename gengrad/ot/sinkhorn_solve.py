@@ -13,7 +13,7 @@ from .sinkhorn_kernels import make_kernel
 from .sinkhorn_problem import Problem, has_numba
 
 SELF_SHARE = 0.2  # part of the tolerance that the self map's error may use
-FIRST_SELF_GOAL = 0.02  # its first goal, times tol and the clouds' size, before the speed is known
+FIRST_SELF_GOAL = 0.006  # its first goal, times tol and the clouds' size, before the speed is known
 
 
 @dataclass(frozen=True)

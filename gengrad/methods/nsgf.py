@@ -44,7 +44,7 @@ class NSGF(Method):
         epsilon_rel: float = Field(0.02, gt=0)  # in units of the mean cost of the batch pair
         # trained at times t = u^time_exponent, u uniform: above 1 the start of the way is seen more often. There the
         # velocity has to sort the mass, and an error made there is carried all the way
-        time_exponent: float = Field(5 / 3, gt=0)
+        time_exponent: float = Field(1.0, gt=0)
         tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
         ot_batch: int = Field(256, ge=2)  # source points in each Sinkhorn problem
         target_batch: int | None = Field(None, ge=2)  # target points in it; none: as many

@@ -55,7 +55,7 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
         tracker = Tracker(directory, accelerator.is_main_process, quiet)
         if found is not None:
             _same_config(found, config)
-        flow = Flow(source, units=target.units)
+        flow = Flow(source, units=target.units, class_weights=_class_weights(config, target))
         if found is not None:
             flow = Flow.rebuild(**found.shared["flow"]).to(accelerator.device)
         problem = _problem(config, source, target, accelerator, fresh=found is None)
@@ -102,7 +102,7 @@ def _problem(
     """What the method is asked; the networks of a ``fresh`` run start from ``init_from`` where the config says so."""
     made: list[torch.nn.Module] = []
     start = load(config.general.init_from) if config.general.init_from and fresh else None
-    networks = [t.network for t in start.transports if hasattr(t, "network")] if start else []
+    networks = [network for t in start.transports for network in t.velocity_networks()] if start else []
 
     def make_network() -> torch.nn.Module:
         number = len(made)
@@ -123,6 +123,7 @@ def _problem(
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         device=accelerator.device,
+        classes=config.network.get("classes"),
     )
 
 
@@ -145,11 +146,40 @@ def _check(config: RunConfig, method: Method, target: Distribution, world: int) 
             problems.append(f"{key}={size} is larger than the data, which have {len(target)} training points")
         if shared and size % world:
             problems.append(f"{key}={size} does not divide by the {world} processes")
+    pieces = config.train.accumulate
+    if config.train.batch_size % (world * pieces):
+        each = f"train.accumulate={pieces}" + (f" on {world} processes" if world > 1 else "")
+        problems.append(f"train.batch_size={config.train.batch_size} does not divide into the pieces of {each}")
+    problems += _class_problems(config, method, target)
     some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
     if (some == some[0]).all():
         problems.append(f"data {config.data['name']!r}: all points are identical; there is no distribution to learn")
     if problems:
         raise ConfigError("\n".join(["the config does not fit; nothing was started.", *(f"  {p}" for p in problems)]))
+
+
+def _class_problems(config: RunConfig, method: Method, target: Distribution) -> list[str]:
+    """What is wrong where the network takes classes: labels that are missing or that it has no number for."""
+    classes, name = config.network.get("classes"), config.data["name"]
+    problems = method.refusals(classes)
+    labels = getattr(target, "labels", None)
+    if classes and labels is None:
+        problems.append(f"network.classes={classes} needs labels, which data {name!r} have none of; leave it out")
+    elif classes and int(labels.max()) >= classes:
+        problems.append(
+            f"network.classes={classes}, but data {name!r} have labels up to {int(labels.max())}; "
+            f"use network.classes={int(labels.max()) + 1}"
+        )
+    return problems
+
+
+def _class_weights(config: RunConfig, target: Distribution) -> list[float] | None:
+    """The share of each class in the data, for a network that takes classes."""
+    classes = config.network.get("classes")
+    if not classes:
+        return None
+    counts = torch.bincount(target.labels, minlength=classes).double()
+    return (counts / counts.sum()).tolist()
 
 
 def _same_config(found: Checkpoint, config: RunConfig) -> None:

@@ -95,6 +95,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="a .npy, .pt or .png file")
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
+    add_choices(parser)
     parser.add_argument("--trajectory", nargs="?", const="", default=None, metavar="FILE.gif",
                         help="also a GIF of the samples on their way (default: trajectory.gif in the run's folder)")
     parser.add_argument("--chunk", type=positive, default=4096, help="samples moved at once; changes no sample")
@@ -111,6 +112,15 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(command=evaluate)
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """What flows with classes or phases let one choose at sampling time."""
+    parser.add_argument("--class", dest="label", type=int, default=None, metavar="C", help="samples of this class only")
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
+                        help="pull towards the class (1: none); other values take two evaluations for each one")
+    parser.add_argument("--phase-1", type=int, default=None, metavar="K", help="evaluations of the Sinkhorn phase")
+    parser.add_argument("--tau", type=float, default=None, help="start of the straight phase (default: predicted)")
 
 
 def positive(text: str) -> int:
@@ -150,6 +160,7 @@ def sample(given) -> int:
     from gengrad import plotting, sampling
 
     flow = _flow(given)
+    _choose_phases(flow, given)
     folder = Path(given.run)
     out = sampling.writable(given.out, sampling.ENDINGS) if given.out else None
     film = None
@@ -158,7 +169,8 @@ def sample(given) -> int:
     nfes = given.nfe or [_default_nfe(flow)]
     for nfe in nfes:
         flow.cost(nfe, given.solver)  # an NFE that cannot be spent is refused before any work
-    options = {"seed": given.seed, "chunk": given.chunk, "solver": given.solver}
+    choice = {"solver": given.solver, "label": given.label, "guidance": given.guidance}
+    flow.check_class(given.label, given.guidance)
     if len(nfes) > 1:
         sampling.writable_folder(folder)
         settings = flow.info.get("config", {}).get("evaluate", {})
@@ -169,15 +181,15 @@ def sample(given) -> int:
         print(f"written: {folder / 'quality.md'}, {folder / 'quality.json'}, {folder / 'quality.png'}")
     if out or len(nfes) == 1:
         n = given.n or 64
-        drawn = flow.draw_samples(n, nfes[-1], **options)
-        print(f"{n} samples, {drawn.nfe:g} network evaluations each (counted), {drawn.seconds:.2f} s")
+        drawn = flow.draw_samples(n, nfes[-1], seed=given.seed, chunk=given.chunk, **choice)
+        print(f"{n} samples, {drawn.bill}, {drawn.seconds:.2f} s")
         if out:
             sampling.write_samples(drawn.x, out, flow, title=f"{drawn.nfe:g} network evaluations")
             print(f"written: {out}")
         elif film is None:
             print("nothing was written: give --out samples.npy, .pt or .png")
     if film:
-        path = flow.trajectory(min(given.n or 1000, 2000), nfes[-1], seed=given.seed, solver=given.solver)
+        path = flow.trajectory(min(given.n or 1000, 2000), nfes[-1], seed=given.seed, **choice)
         plotting.trajectory_gif(path, film, target=sampling.truth_of(flow, 2000))
         print(f"written: {film}")
     return 0
@@ -215,6 +227,12 @@ def _flow(given):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load(given.run, device)
+
+
+def _choose_phases(flow, given) -> None:
+    """Puts ``--phase-1`` and ``--tau`` into the flow's phased transports."""
+    asked = {"phase_1": given.phase_1, "fixed_tau": given.tau}
+    flow.choose({key: value for key, value in asked.items() if value is not None})
 
 
 def _default_nfe(flow) -> int:

@@ -245,6 +245,7 @@ def _announce(
         f"  steps     {train.steps:,}, a checkpoint every {train.checkpoint_every:,}",
         f"  output    {config.general.out}",
     ]
+    lines += [f"  data      {note}" for note in problem.target.notes]
     if problem.target.units is not None:
         lines.append("  units     trained on normalised data; the samples are in the units of the file")
     if found is not None:

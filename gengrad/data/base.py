@@ -28,6 +28,7 @@ class Distribution(Configured, ABC):
     modes: Tensor | None = None
     mode_weights: Tensor | None = None
     mode_radius: float | None = None
+    notes: tuple[str, ...] = ()  # what a user should know of how the data were read
     # (m, s) where the events are (x - m) / s of what the user gave: mean (*event) and one scale; None: as given
     units: tuple[Tensor, float] | None = None
 

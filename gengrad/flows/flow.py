@@ -45,6 +45,12 @@ class Samples:
     others: dict[str, float] = field(default_factory=dict)
     y: Tensor | None = None
 
+    @property
+    def bill(self) -> str:
+        """What each sample cost, in words."""
+        apart = "".join(f", and {count:g} of the {name}" for name, count in self.others.items())
+        return f"{self.nfe:g} network evaluations each (counted){apart}"
+
 
 class Flow(nn.Module):
     """A source and the transports that carry its mass to the target, in order.
@@ -157,26 +163,41 @@ class Flow(nn.Module):
         found = (getattr(n, "classes", None) for t in self.transports for n in t.velocity_networks())
         return next((classes for classes in found if classes), None)
 
-    def _labels(self, first: int, stop: int, seed: int, label: int | None, guidance: float) -> Tensor | None:
-        """The classes of samples ``first`` .. ``stop - 1``; None for a flow without classes."""
+    def choose(self, settings: dict[str, object]) -> None:
+        """Sets how phased transports are sampled (``phase_1``, ``fixed_tau``); ``ValueError`` where none is."""
+        chosen = [t for t in self.transports if settings and all(hasattr(t, key) for key in settings)]
+        if settings and not chosen:
+            raise ValueError(f"this flow has no phases, so it takes no {' and no '.join(settings)}")
+        for transport in chosen:
+            transport.set_phases(**settings)
+
+    def check_class(self, label: int | None, guidance: float) -> None:
+        """Raises ``ValueError`` for a class, or a guidance, that the flow does not know."""
         if self.classes is None:
             if label is not None or guidance != 1:
                 raise ValueError(
                     "this flow was trained without classes, so it takes neither a class nor guidance; train one with "
                     "network.classes=K on data with labels"
                 )
-            return None
+            return
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance is a finite number, 0 or more (1: none); got {guidance}")
         if label is None:
-            weights = torch.tensor(self.class_weights or [1.0] * self.classes)
-            return draw_labels(weights, first, stop, seed)
+            return
         if not 0 <= label < self.classes:
             raise ValueError(f"class {label} is none of this flow's classes 0 .. {self.classes - 1}")
         if self.class_weights and not self.class_weights[label]:
             known = [c for c, weight in enumerate(self.class_weights) if weight]
             raise ValueError(f"class {label} was not in this flow's data, which had the classes {known}")
-        return torch.full((stop - first,), label)
+
+    def _labels(self, first: int, stop: int, seed: int, label: int | None, guidance: float) -> Tensor | None:
+        """The classes of samples ``first`` .. ``stop - 1``; None for a flow without classes."""
+        self.check_class(label, guidance)
+        if self.classes is None:
+            return None
+        if label is not None:
+            return torch.full((stop - first,), label)
+        return draw_labels(torch.tensor(self.class_weights or [1.0] * self.classes), first, stop, seed)
 
     def cost(self, nfe: int | None = None, solver: str | None = None) -> int:
         """Network evaluations that ``sample(nfe=nfe, solver=solver)`` spends a sample; ``ValueError`` if it cannot."""

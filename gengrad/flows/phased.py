@@ -51,12 +51,23 @@ class PhasedTransport(Transport):
             raise ValueError(f"tau, where the straight phase starts, is in [0, 1); got {fixed_tau}")
         self.network, self.predictor, self.straight = network, predictor, straight
         self.until, self.earliest, self.most, self.shared = until, earliest, most, shared
-        self.fixed_tau, self.phase_1, self.solver = fixed_tau, phase_1, solver
+        self.fixed_tau, self.phase_1, self.solver = fixed_tau, None, solver
+        self.set_phases(phase_1)
 
     @property
     def second(self) -> nn.Module | None:
         """The network of the straight phase."""
         return self.network if self.shared else self.straight
+
+    def set_phases(self, phase_1: int | None = None, fixed_tau: float | None = None) -> None:
+        """Another share of the budget for phase 1, another start of the straight phase; ``ValueError`` if amiss."""
+        if phase_1 is not None and not 0 <= phase_1 <= self.most:
+            raise ValueError(f"the Sinkhorn phase has 0 to {self.most} steps; got {phase_1}")
+        if fixed_tau is not None and not self.earliest <= fixed_tau < 1:
+            start = f"{self.earliest:g}"
+            raise ValueError(f"the straight flow was trained from {start} on; tau is in [{start}, 1), got {fixed_tau}")
+        self.phase_1 = self.phase_1 if phase_1 is None else phase_1
+        self.fixed_tau = self.fixed_tau if fixed_tau is None else fixed_tau
 
     def path(
         self,
@@ -116,8 +127,6 @@ class PhasedTransport(Transport):
     def _asked(self, nfe: int, each: int) -> tuple[int, int]:
         """The split with ``phase_1`` evaluations in the first phase; ``ValueError`` where the rest cannot be spent."""
         rest = nfe - self.phase_1
-        if not 0 <= self.phase_1 <= self.most:
-            raise ValueError(f"the Sinkhorn phase has 0 to {self.most} steps; got {self.phase_1}")
         if rest < each or rest % each:
             raise ValueError(
                 f"nfe={nfe} with {self.phase_1} steps of the Sinkhorn phase leaves {max(rest, 0)} evaluations for the "

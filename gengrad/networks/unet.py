@@ -81,7 +81,7 @@ class UNet(nn.Module, Configured):
     """``net(x, t, y)`` on images (batch, c, h, w): one level per entry of ``multipliers``, each half the size before.
 
     Attention acts at the coarsest level, and where images are ``attention_at`` pixels high. With ``classes`` K it takes
-    labels y (batch,) in 0 .. K, K or no y for no class. ``channels_last`` changes how the weights and activations lie in
+    labels y (batch,) in 0 .. K, K or no y for no class. ``channels_last`` changes how weights and activations lie in
     memory, not what comes out. Raises ``ValueError`` when the image cannot be halved that often.
     """
 

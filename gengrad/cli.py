@@ -106,11 +106,20 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]", help="default: the config's")
-    parser.add_argument("--n", type=positive, default=None, help="points per draw (default: the config's, 4096)")
+    parser.add_argument("--n", "--samples", type=positive, default=None,  # torchrun keeps --n for itself
+                        help="points or images per draw (default: the config's, 4096)")
     parser.add_argument("--draws", type=positive, default=None, help="independent draws (default: the config's, 3)")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    images = parser.add_argument_group("images")
+    images.add_argument("--features", choices=("inception", "classifier", "identity"), default=None,
+                        help="inception: FID (default); classifier: a small one trained on the data; identity: pixels")
+    images.add_argument("--reference", choices=("train", "held_out"), default=None,
+                        help="what samples are compared with (default: train for inception, else held_out)")
+    images.add_argument("--inception", type=Path, default=None, metavar="FILE", help="Inception's weights")
+    images.add_argument("--keep-samples", action="store_true", help="leave the samples in RUN/samples")
+    images.add_argument("--guidance", type=float, default=1.0, metavar="W")
     parser.set_defaults(command=evaluate)
 
 
@@ -176,9 +185,16 @@ def sample(given) -> int:
         settings = flow.info.get("config", {}).get("evaluate", {})
         n, draws = given.n or settings.get("n", 4096), settings.get("draws", 3)
         target = sampling.target_of(flow)
-        report = sampling.judge(flow, target, nfes, n=n, draws=draws, seed=given.seed, solver=given.solver)
+        common = {"n": n, "draws": draws, "seed": given.seed, "solver": given.solver}
+        if flow.is_image:
+            sampling.write_strip(flow, nfes, folder / "strip.png", seed=given.seed, **choice)
+            more = {"folder": folder / "samples", "features": sampling.features_at_hand(target)}
+            report = sampling.judge_images(flow, target, nfes, guidance=given.guidance, **more, **common)
+        else:
+            report = sampling.judge(flow, target, nfes, **common)
         print(sampling.write_report(report, folder, "quality"))
-        print(f"written: {folder / 'quality.md'}, {folder / 'quality.json'}, {folder / 'quality.png'}")
+        names = ["quality.md", "quality.json", "quality.png", *(["strip.png"] if flow.is_image else [])]
+        print(f"written: {', '.join(str(folder / name) for name in names)}")
     if out or len(nfes) == 1:
         n = given.n or 64
         drawn = flow.draw_samples(n, nfes[-1], seed=given.seed, chunk=given.chunk, **choice)
@@ -208,11 +224,36 @@ def evaluate(given) -> int:
     chosen = {key: settings[key] if value is None else value for key, value in asked.items()}
     sampling.writable_folder(Path(given.run))
     target = sampling.target_of(flow)
-    report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
+    flow.check_class(None, given.guidance)
+    if flow.is_image:
+        asked = {key: getattr(given, key) for key in ("reference", "inception", "guidance", "solver")}
+        report = sampling.judge_images(
+            flow, target, nfes, folder=Path(given.run) / "samples", features=given.features or "inception",
+            keep=given.keep_samples, ranks=_processes(), **asked, **chosen,
+        )
+    else:
+        report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
+    if not report:  # the first process has it
+        return 0
     print(sampling.write_report(report, Path(given.run), "metrics"))
-    print(f"{report['results'][0]['protocol']['reference']}; floor: {report['results'][0]['protocol']['floor']}")
+    protocol = report["results"][0]["protocol"]
+    print(f"{protocol['reference']}; floor: {protocol['floor']}")
+    if "accuracy" in protocol:
+        accuracy = f"accuracy {protocol['accuracy']:.4f} on {protocol['accuracy_on']}"
+        print(f"classifier: {protocol['description']}; {accuracy}")
     print(f"written: {Path(given.run) / 'metrics.json'}")
     return 0
+
+
+def _processes():
+    """The processes of a launcher such as torchrun, or this one alone."""
+    import torch.distributed as group
+
+    from gengrad.training.ranks import Ranks
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not group.is_initialized():
+        group.init_process_group("gloo")
+    return Ranks.of_process_group()
 
 
 def _flow(given):

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import gengrad
-from gengrad import plotting
+from gengrad import pictures, plotting
 from gengrad.config import ConfigError, RunConfig, deciding
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
@@ -282,6 +282,17 @@ def _glimpse(flow: Flow, target: Distribution, config: RunConfig, step: int, tra
         tracker.say(f"no picture at step {step:,}: {error}")
 
 
+def _image_pictures(flow: Flow, config: RunConfig) -> None:
+    """A few samples on their way, and what each phase of the flow leaves, into the ``pictures`` folder."""
+    folder, nfe = Path(config.general.out) / "pictures", config.evaluate.nfe[0]
+    path, phases = flow.trajectory(36, nfe=nfe, seed=0), flow.phases(nfe)
+    plotting.save(pictures.on_the_way(path, phases), folder / "on_the_way.png")
+    if len(phases) > 1:
+        ends = [sum(count for _, count in phases[: k + 1]) for k in range(len(phases))]
+        grids = {f"{name}, {count} steps": path[end] for (name, count), end in zip(phases, ends)}
+        plotting.save(pictures.side_by_side(grids), folder / "phases.png")
+
+
 def _farewell(
     flow: Flow, target: Distribution, config: RunConfig, outcome: Outcome, tracker: Tracker, again: str | None
 ) -> None:
@@ -295,9 +306,11 @@ def _farewell(
     if rows:
         plotting.save(plotting.loss_curve(rows), Path(out) / "pictures" / "loss.png")
     truth = None if target.is_image else _truth(target)
-    path = flow.trajectory(36 if target.is_image else 2000, nfe=config.evaluate.nfe[-1], seed=0)
-    plotting.save(plotting.snapshots(path, target=truth), Path(out) / "pictures" / "on_the_way.png")
-    if not target.is_image:
+    if target.is_image:
+        _image_pictures(flow, config)
+    else:
+        path = flow.trajectory(2000, nfe=config.evaluate.nfe[-1], seed=0)
+        plotting.save(plotting.snapshots(path, target=truth), Path(out) / "pictures" / "on_the_way.png")
         plotting.save(plotting.trajectory_figure(path[:, :500], target=truth), Path(out) / "pictures" / "paths.png")
     skipped = f", {outcome.progress.skipped} steps skipped as not finite" if outcome.progress.skipped else ""
     tracker.say(f"done: {outcome.progress.total:,} steps in {outcome.seconds:.0f} s{skipped}; picture: {picture}")

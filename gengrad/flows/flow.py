@@ -269,6 +269,14 @@ class Flow(nn.Module):
             for hook in hooks:
                 hook.remove()
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     # ---------------------------------------------------------------- saving
 
     def describe(self) -> dict:

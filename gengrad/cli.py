@@ -95,6 +95,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="a .npy, .pt or .png file")
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
+    add_choices(parser)
     parser.add_argument("--trajectory", nargs="?", const="", default=None, metavar="FILE.gif",
                         help="also a GIF of the samples on their way (default: trajectory.gif in the run's folder)")
     parser.add_argument("--chunk", type=positive, default=4096, help="samples moved at once; changes no sample")
@@ -105,12 +106,30 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]", help="default: the config's")
-    parser.add_argument("--n", type=positive, default=None, help="points per draw (default: the config's, 4096)")
+    parser.add_argument("--n", "--samples", type=positive, default=None,  # torchrun keeps --n for itself
+                        help="points or images per draw (default: the config's, 4096)")
     parser.add_argument("--draws", type=positive, default=None, help="independent draws (default: the config's, 3)")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    images = parser.add_argument_group("images")
+    images.add_argument("--features", choices=("inception", "classifier", "identity"), default=None,
+                        help="inception: FID (default); classifier: a small one trained on the data; identity: pixels")
+    images.add_argument("--reference", choices=("train", "held_out"), default=None,
+                        help="what samples are compared with (default: train for inception, else held_out)")
+    images.add_argument("--inception", type=Path, default=None, metavar="FILE", help="Inception's weights")
+    images.add_argument("--keep-samples", action="store_true", help="leave the samples in RUN/samples")
+    images.add_argument("--guidance", type=float, default=1.0, metavar="W")
     parser.set_defaults(command=evaluate)
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """What flows with classes or phases let one choose at sampling time."""
+    parser.add_argument("--class", dest="label", type=int, default=None, metavar="C", help="samples of this class only")
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
+                        help="pull towards the class (1: none); other values take two evaluations for each one")
+    parser.add_argument("--phase-1", type=int, default=None, metavar="K", help="evaluations of the Sinkhorn phase")
+    parser.add_argument("--tau", type=float, default=None, help="start of the straight phase (default: predicted)")
 
 
 def positive(text: str) -> int:
@@ -150,6 +169,7 @@ def sample(given) -> int:
     from gengrad import plotting, sampling
 
     flow = _flow(given)
+    _choose_phases(flow, given)
     folder = Path(given.run)
     out = sampling.writable(given.out, sampling.ENDINGS) if given.out else None
     film = None
@@ -158,26 +178,34 @@ def sample(given) -> int:
     nfes = given.nfe or [_default_nfe(flow)]
     for nfe in nfes:
         flow.cost(nfe, given.solver)  # an NFE that cannot be spent is refused before any work
-    options = {"seed": given.seed, "chunk": given.chunk, "solver": given.solver}
+    choice = {"solver": given.solver, "label": given.label, "guidance": given.guidance}
+    flow.check_class(given.label, given.guidance)
     if len(nfes) > 1:
         sampling.writable_folder(folder)
         settings = flow.info.get("config", {}).get("evaluate", {})
         n, draws = given.n or settings.get("n", 4096), settings.get("draws", 3)
         target = sampling.target_of(flow)
-        report = sampling.judge(flow, target, nfes, n=n, draws=draws, seed=given.seed, solver=given.solver)
+        common = {"n": n, "draws": draws, "seed": given.seed, "solver": given.solver}
+        if flow.is_image:
+            sampling.write_strip(flow, nfes, folder / "strip.png", seed=given.seed, **choice)
+            more = {"folder": folder / "samples", "features": sampling.features_at_hand(target)}
+            report = sampling.judge_images(flow, target, nfes, guidance=given.guidance, **more, **common)
+        else:
+            report = sampling.judge(flow, target, nfes, **common)
         print(sampling.write_report(report, folder, "quality"))
-        print(f"written: {folder / 'quality.md'}, {folder / 'quality.json'}, {folder / 'quality.png'}")
+        names = ["quality.md", "quality.json", "quality.png", *(["strip.png"] if flow.is_image else [])]
+        print(f"written: {', '.join(str(folder / name) for name in names)}")
     if out or len(nfes) == 1:
         n = given.n or 64
-        drawn = flow.draw_samples(n, nfes[-1], **options)
-        print(f"{n} samples, {drawn.nfe:g} network evaluations each (counted), {drawn.seconds:.2f} s")
+        drawn = flow.draw_samples(n, nfes[-1], seed=given.seed, chunk=given.chunk, **choice)
+        print(f"{n} samples, {drawn.bill}, {drawn.seconds:.2f} s")
         if out:
             sampling.write_samples(drawn.x, out, flow, title=f"{drawn.nfe:g} network evaluations")
             print(f"written: {out}")
         elif film is None:
             print("nothing was written: give --out samples.npy, .pt or .png")
     if film:
-        path = flow.trajectory(min(given.n or 1000, 2000), nfes[-1], seed=given.seed, solver=given.solver)
+        path = flow.trajectory(min(given.n or 1000, 2000), nfes[-1], seed=given.seed, **choice)
         plotting.trajectory_gif(path, film, target=sampling.truth_of(flow, 2000))
         print(f"written: {film}")
     return 0
@@ -196,11 +224,36 @@ def evaluate(given) -> int:
     chosen = {key: settings[key] if value is None else value for key, value in asked.items()}
     sampling.writable_folder(Path(given.run))
     target = sampling.target_of(flow)
-    report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
+    flow.check_class(None, given.guidance)
+    if flow.is_image:
+        asked = {key: getattr(given, key) for key in ("reference", "inception", "guidance", "solver")}
+        report = sampling.judge_images(
+            flow, target, nfes, folder=Path(given.run) / "samples", features=given.features or "inception",
+            keep=given.keep_samples, ranks=_processes(), **asked, **chosen,
+        )
+    else:
+        report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
+    if not report:  # the first process has it
+        return 0
     print(sampling.write_report(report, Path(given.run), "metrics"))
-    print(f"{report['results'][0]['protocol']['reference']}; floor: {report['results'][0]['protocol']['floor']}")
+    protocol = report["results"][0]["protocol"]
+    print(f"{protocol['reference']}; floor: {protocol['floor']}")
+    if "accuracy" in protocol:
+        accuracy = f"accuracy {protocol['accuracy']:.4f} on {protocol['accuracy_on']}"
+        print(f"classifier: {protocol['description']}; {accuracy}")
     print(f"written: {Path(given.run) / 'metrics.json'}")
     return 0
+
+
+def _processes():
+    """The processes of a launcher such as torchrun, or this one alone."""
+    import torch.distributed as group
+
+    from gengrad.training.ranks import Ranks
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not group.is_initialized():
+        group.init_process_group("gloo")
+    return Ranks.of_process_group()
 
 
 def _flow(given):
@@ -215,6 +268,12 @@ def _flow(given):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load(given.run, device)
+
+
+def _choose_phases(flow, given) -> None:
+    """Puts ``--phase-1`` and ``--tau`` into the flow's phased transports."""
+    asked = {"phase_1": given.phase_1, "fixed_tau": given.tau}
+    flow.choose({key: value for key, value in asked.items() if value is not None})
 
 
 def _default_nfe(flow) -> int:

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import gengrad
-from gengrad import plotting
+from gengrad import pictures, plotting
 from gengrad.config import ConfigError, RunConfig, deciding
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
@@ -55,7 +55,7 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
         tracker = Tracker(directory, accelerator.is_main_process, quiet)
         if found is not None:
             _same_config(found, config)
-        flow = Flow(source, units=target.units)
+        flow = Flow(source, units=target.units, class_weights=_class_weights(config, target))
         if found is not None:
             flow = Flow.rebuild(**found.shared["flow"]).to(accelerator.device)
         problem = _problem(config, source, target, accelerator, fresh=found is None)
@@ -102,7 +102,7 @@ def _problem(
     """What the method is asked; the networks of a ``fresh`` run start from ``init_from`` where the config says so."""
     made: list[torch.nn.Module] = []
     start = load(config.general.init_from) if config.general.init_from and fresh else None
-    networks = [t.network for t in start.transports if hasattr(t, "network")] if start else []
+    networks = [network for t in start.transports for network in t.velocity_networks()] if start else []
 
     def make_network() -> torch.nn.Module:
         number = len(made)
@@ -123,6 +123,7 @@ def _problem(
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         device=accelerator.device,
+        classes=config.network.get("classes"),
     )
 
 
@@ -145,11 +146,40 @@ def _check(config: RunConfig, method: Method, target: Distribution, world: int) 
             problems.append(f"{key}={size} is larger than the data, which have {len(target)} training points")
         if shared and size % world:
             problems.append(f"{key}={size} does not divide by the {world} processes")
+    pieces = config.train.accumulate
+    if config.train.batch_size % (world * pieces):
+        each = f"train.accumulate={pieces}" + (f" on {world} processes" if world > 1 else "")
+        problems.append(f"train.batch_size={config.train.batch_size} does not divide into the pieces of {each}")
+    problems += _class_problems(config, method, target)
     some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
     if (some == some[0]).all():
         problems.append(f"data {config.data['name']!r}: all points are identical; there is no distribution to learn")
     if problems:
         raise ConfigError("\n".join(["the config does not fit; nothing was started.", *(f"  {p}" for p in problems)]))
+
+
+def _class_problems(config: RunConfig, method: Method, target: Distribution) -> list[str]:
+    """What is wrong where the network takes classes: labels that are missing or that it has no number for."""
+    classes, name = config.network.get("classes"), config.data["name"]
+    problems = method.refusals(classes)
+    labels = getattr(target, "labels", None)
+    if classes and labels is None:
+        problems.append(f"network.classes={classes} needs labels, which data {name!r} have none of; leave it out")
+    elif classes and int(labels.max()) >= classes:
+        problems.append(
+            f"network.classes={classes}, but data {name!r} have labels up to {int(labels.max())}; "
+            f"use network.classes={int(labels.max()) + 1}"
+        )
+    return problems
+
+
+def _class_weights(config: RunConfig, target: Distribution) -> list[float] | None:
+    """The share of each class in the data, for a network that takes classes."""
+    classes = config.network.get("classes")
+    if not classes:
+        return None
+    counts = torch.bincount(target.labels, minlength=classes).double()
+    return (counts / counts.sum()).tolist()
 
 
 def _same_config(found: Checkpoint, config: RunConfig) -> None:
@@ -215,6 +245,7 @@ def _announce(
         f"  steps     {train.steps:,}, a checkpoint every {train.checkpoint_every:,}",
         f"  output    {config.general.out}",
     ]
+    lines += [f"  data      {note}" for note in problem.target.notes]
     if problem.target.units is not None:
         lines.append("  units     trained on normalised data; the samples are in the units of the file")
     if found is not None:
@@ -251,6 +282,17 @@ def _glimpse(flow: Flow, target: Distribution, config: RunConfig, step: int, tra
         tracker.say(f"no picture at step {step:,}: {error}")
 
 
+def _image_pictures(flow: Flow, config: RunConfig) -> None:
+    """A few samples on their way, and what each phase of the flow leaves, into the ``pictures`` folder."""
+    folder, nfe = Path(config.general.out) / "pictures", config.evaluate.nfe[0]
+    path, phases = flow.trajectory(36, nfe=nfe, seed=0), flow.phases(nfe)
+    plotting.save(pictures.on_the_way(path, phases), folder / "on_the_way.png")
+    if len(phases) > 1:
+        ends = [sum(count for _, count in phases[: k + 1]) for k in range(len(phases))]
+        grids = {f"{name}, {count} steps": path[end] for (name, count), end in zip(phases, ends)}
+        plotting.save(pictures.side_by_side(grids), folder / "phases.png")
+
+
 def _farewell(
     flow: Flow, target: Distribution, config: RunConfig, outcome: Outcome, tracker: Tracker, again: str | None
 ) -> None:
@@ -264,9 +306,11 @@ def _farewell(
     if rows:
         plotting.save(plotting.loss_curve(rows), Path(out) / "pictures" / "loss.png")
     truth = None if target.is_image else _truth(target)
-    path = flow.trajectory(36 if target.is_image else 2000, nfe=config.evaluate.nfe[-1], seed=0)
-    plotting.save(plotting.snapshots(path, target=truth), Path(out) / "pictures" / "on_the_way.png")
-    if not target.is_image:
+    if target.is_image:
+        _image_pictures(flow, config)
+    else:
+        path = flow.trajectory(2000, nfe=config.evaluate.nfe[-1], seed=0)
+        plotting.save(plotting.snapshots(path, target=truth), Path(out) / "pictures" / "on_the_way.png")
         plotting.save(plotting.trajectory_figure(path[:, :500], target=truth), Path(out) / "pictures" / "paths.png")
     skipped = f", {outcome.progress.skipped} steps skipped as not finite" if outcome.progress.skipped else ""
     tracker.say(f"done: {outcome.progress.total:,} steps in {outcome.seconds:.0f} s{skipped}; picture: {picture}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -9,15 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gengrad import plotting
-from gengrad.data.base import Distribution
+from gengrad import pictures, plotting
+from gengrad.data.base import Distribution, FiniteData
 from gengrad.data.draws import generator_for
-from gengrad.evaluation.report import format_table, table_row
-from gengrad.evaluation.transport import Reference, evaluate_transport
+from gengrad.data.images import as_bytes
+from gengrad.evaluation.features import Extractor, extractor, inception_weights
+from gengrad.evaluation.fid import Statistics, image_scores, reference_statistics
+from gengrad.evaluation.report import format_table, image_row, table_row
+from gengrad.evaluation.shards import Shards
+from gengrad.evaluation.transport import FIRST_SAMPLING_SEED, Reference, evaluate_transport, summary
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
 from gengrad.registry import DATASETS
 from gengrad.run import versions
+from gengrad.training.ranks import Ranks
 
 ENDINGS = (".npy", ".pt", ".png")
 
@@ -81,6 +88,21 @@ def truth_of(flow: Flow, n: int) -> Tensor | None:
         return None
 
 
+def write_strip(flow: Flow, nfes: list[int], file: Path, *, n: int = 12, **options) -> None:
+    """Images of the same seeds at each NFE, a row for each, into a PNG."""
+    rows = {f"NFE {nfe}": flow.sample(n, nfe, **options) for nfe in nfes}
+    plotting.save(pictures.strips(rows), file)
+
+
+def features_at_hand(target: FiniteData) -> str:
+    """The best features that need nothing more: Inception's where its weights are, else a classifier's, else pixels."""
+    try:
+        inception_weights()
+        return "inception"
+    except (OSError, ValueError):
+        return "classifier" if getattr(target, "held_out_labels", None) is not None else "identity"
+
+
 def judge(
     flow: Flow, target: Distribution, nfes: list[int], *, n: int, draws: int, seed: int, solver: str | None = None
 ) -> dict:
@@ -105,11 +127,101 @@ def judge(
     return {"table": rows, "results": results, "solver": solver, "run": flow.info, "versions": versions()}
 
 
+def judge_images(
+    flow: Flow,
+    target: FiniteData,
+    nfes: list[int],
+    *,
+    n: int,
+    draws: int,
+    seed: int,
+    features: str,
+    folder: Path,
+    reference: str | None = None,
+    solver: str | None = None,
+    guidance: float = 1.0,
+    inception: Path | None = None,
+    keep: bool = False,
+    ranks: Ranks | None = None,
+) -> dict:
+    """Frechet and kernel distance, Inception score, precision and recall of the flow's images at each NFE.
+
+    ``features``: inception, classifier or identity. ``reference``: which images they are compared with, ``train`` (the
+    default for inception, as published FIDs) or ``held_out``; the floor compares the images of the other part. Samples
+    and features lie in shards under ``folder`` until the end (``keep``: after it), so that an interrupted evaluation
+    goes on; several processes (``ranks``) share them out. The same dict as ``judge``, on the first process.
+    """
+    ranks = ranks or Ranks()
+    if ranks.first:
+        extract = extractor(features, target, inception)  # trains a classifier where none is cached: once
+    ranks.barrier()
+    if not ranks.first:
+        extract = extractor(features, target, inception)
+    extract = extract.to(flow.device)
+    options = {"solver": solver, "guidance": guidance}
+    seeds = [FIRST_SAMPLING_SEED + 1000 * seed + k for k in range(draws)]
+    drawn = {}
+    for nfe in nfes:
+        for draw_seed in seeds:
+            settings = {"nfe": nfe, "seed": draw_seed, **options}
+            place = {**settings, "flow": flow.describe()["transports"], "weights": flow.fingerprint()}
+            key = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
+            shards = Shards(flow, folder / key, n, rank=ranks.rank, world=ranks.world, **settings)
+            shards.draw()
+            shards.extract(extract)
+            drawn[nfe, draw_seed] = shards
+    ranks.barrier()
+    if not ranks.first:
+        return {}
+    protocol, truth, floor = _image_reference(target, extract, reference, n)
+    protocol |= {"n": n, "seeds": seeds, **options}
+    results = []
+    for nfe in nfes:
+        scores = [image_scores(Statistics.of(drawn[nfe, s].features(extract)), truth, extract) for s in seeds]
+        bill = drawn[nfe, seeds[0]].bill
+        result = {"nfe": int(bill["nfe"]) if bill["nfe"].is_integer() else bill["nfe"], "protocol": protocol}
+        result["others"] = {name: count for name, count in bill.items() if name != "nfe"}
+        for name in scores[0]:
+            values = [score[name] for score in scores]
+            result[name] = {**summary(values), **({"floor": summary([floor[name]])} if floor else {})}
+        results.append(result)
+    if not keep:
+        for shards in drawn.values():
+            shards.remove()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    rows = [image_row(result, extract.distance) for result in results]
+    about = {"solver": solver, "run": flow.info, "versions": versions(), "metric": extract.distance}
+    return {"table": rows, "results": results, **about}
+
+
+def _image_reference(
+    target: FiniteData, extract: Extractor, reference: str | None, n: int
+) -> tuple[dict, Statistics, dict | None]:
+    """(what was compared with what, statistics of the reference, scores of data against data)."""
+    parts = {"train": target.points, "held_out": target.held_out}
+    chosen = reference or ("train" if extract.kind == "inception" or len(target.held_out) < 2 else "held_out")
+    other = "held_out" if chosen == "train" else "train"
+    if len(parts[chosen]) < 2:
+        raise ValueError(f"data set {target.name!r} has {len(parts[chosen])} images in part {chosen!r}: use {other!r}")
+    truth = reference_statistics(as_bytes(parts[chosen]), extract)
+    rows = torch.randperm(len(parts[other]), generator=generator_for(0, "image floor"))[:n].sort().values
+    floor = None
+    if len(rows) > 1:
+        floor = image_scores(reference_statistics(as_bytes(parts[other][rows]), extract), truth, extract)
+    return {
+        "reference": f"{truth.n:,} images of {target.name} ({chosen})",
+        "floor": f"{len(rows):,} images of {target.name} ({other})",
+        **extract.describe(),
+    }, truth, floor
+
+
 def write_report(report: dict, folder: Path, name: str) -> str:
     """Writes ``NAME.json`` and ``NAME.md``, and ``NAME.png`` for several NFE, into ``folder``; returns the table."""
     table = format_table(report["table"])
     write_json(folder / f"{name}.json", report)
     write_atomically(folder / f"{name}.md", (table + "\n").encode())
     if len(report["results"]) > 1:
-        plotting.save(plotting.quality_against_nfe(report["results"]), folder / f"{name}.png")
+        figure = plotting.quality_against_nfe(report["results"], report.get("metric", "w2"))
+        plotting.save(figure, folder / f"{name}.png")
     return table

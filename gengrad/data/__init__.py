@@ -1,10 +1,12 @@
-"""Where mass starts and ends: toy densities, Gaussians, digits, arrays; importing this registers them all."""
+"""Where mass starts and ends: toy densities, Gaussians, images, arrays; importing this registers them all."""
 
 from gengrad.data.arrays import Array
 from gengrad.data.base import Distribution, FiniteData
 from gengrad.data.digits import Digits
 from gengrad.data.draws import Stream, draw, generator_for
 from gengrad.data.gaussians import Gaussian, GaussianMixture, StandardNormal, Uniform
+from gengrad.data.image_folder import ImageFolder
+from gengrad.data.images import CIFAR10, MNIST, FashionMNIST, ImageArray
 from gengrad.data.toy2d import (
     Checkerboard,
     EightGaussians,
@@ -16,14 +18,19 @@ from gengrad.data.toy2d import (
 )
 
 __all__ = [
+    "CIFAR10",
+    "MNIST",
     "Array",
     "Checkerboard",
     "Digits",
     "Distribution",
     "EightGaussians",
+    "FashionMNIST",
     "FiniteData",
     "Gaussian",
     "GaussianMixture",
+    "ImageArray",
+    "ImageFolder",
     "Moons",
     "Pinwheel",
     "StandardNormal",

@@ -110,11 +110,11 @@ def image_layout(shape: tuple[int, ...]) -> str:
     raise ValueError(f"images of shape {shape}: {found} the 1 or 3 channels; {mend}")
 
 
-def as_images(array: np.ndarray, layout: str | None) -> Tensor:
-    """uint8 images as float (n, c, h, w) in [-1, 1]: v / 127.5 - 1."""
-    if array.dtype != np.uint8:
+def image_bytes(array: np.ndarray, layout: str | None) -> Tensor:
+    """uint8 images (n, h, w), (n, h, w, c) or (n, c, h, w) as (n, c, h, w)."""
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(
-            f"images need the type uint8 (0 .. 255), this array has {array.dtype} with {array.ndim} axes; "
+            f"images need the type uint8 (0 .. 255), this array has {array.dtype} of shape {array.shape}; "
             "convert it first, e.g. ((x - x.min()) / (x.max() - x.min()) * 255).round().astype('uint8')"
         )
     if array.ndim == 3:
@@ -124,7 +124,12 @@ def as_images(array: np.ndarray, layout: str | None) -> Tensor:
         array = np.moveaxis(array, -1, 1) if chosen == "nhwc" else array
         if array.shape[1] not in CHANNELS:
             raise ValueError(f"layout {chosen} gives {array.shape[1]} channels; allowed are 1 and 3")
-    return torch.from_numpy(np.ascontiguousarray(array)).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def as_images(array: np.ndarray, layout: str | None) -> Tensor:
+    """uint8 images as float (n, c, h, w) in [-1, 1]: v / 127.5 - 1."""
+    return image_bytes(array, layout).float() / 127.5 - 1
 
 
 def as_points(array: np.ndarray) -> Tensor:

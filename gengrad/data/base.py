@@ -28,6 +28,7 @@ class Distribution(Configured, ABC):
     modes: Tensor | None = None
     mode_weights: Tensor | None = None
     mode_radius: float | None = None
+    notes: tuple[str, ...] = ()  # what a user should know of how the data were read
     # (m, s) where the events are (x - m) / s of what the user gave: mean (*event) and one scale; None: as given
     units: tuple[Tensor, float] | None = None
 
@@ -79,6 +80,14 @@ class FiniteData(Distribution):
     def __len__(self) -> int:
         return len(self.points)
 
+    def pick(self, numbers: Tensor) -> Tensor:
+        """Training points by number, 0 .. len(self) - 1, float32 (n, *event)."""
+        return self.points[numbers]
+
+    def pick_labels(self, numbers: Tensor) -> Tensor:
+        """Their labels, int64 (n,)."""
+        return self.labels[numbers]
+
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """``n`` draws with replacement from the training points."""
-        return self.points[torch.randint(len(self.points), (n,), generator=generator)]
+        return self.pick(torch.randint(len(self), (n,), generator=generator))

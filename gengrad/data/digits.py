@@ -46,6 +46,7 @@ class Digits(FiniteData):
     class Config(Settings):
         held_out: Annotated[int, Field(ge=10, le=1000)] = 300
         split_seed: int = 0
+        classes: list[Annotated[int, Field(ge=0, le=9)]] | None = Field(None, min_length=1)  # only these
 
     def prepare(self) -> None:
         from sklearn.datasets import load_digits
@@ -54,5 +55,8 @@ class Digits(FiniteData):
         images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1
         labels = torch.from_numpy(bunch.target).long()
         train, held_out = stratified_split(labels, self.config.held_out, self.config.split_seed)
+        if self.config.classes is not None:
+            wanted = torch.isin(labels, torch.tensor(self.config.classes))
+            train, held_out = train[wanted[train]], held_out[wanted[held_out]]
         self.points, self.labels = images[train], labels[train]
         self.held_out, self.held_out_labels = images[held_out], labels[held_out]

@@ -36,6 +36,16 @@ def draw(distribution: Distribution, start: int, stop: int, seed: int, purpose: 
     return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
 
 
+def draw_labels(weights: Tensor, start: int, stop: int, seed: int) -> Tensor:
+    """Labels ``start`` .. ``stop - 1`` of the sequence keyed by ``seed``, int64; class c comes with weights[c]."""
+    first, last = start // BLOCK, (stop - 1) // BLOCK
+    blocks = [
+        torch.multinomial(weights, BLOCK, replacement=True, generator=generator_for(seed, "labels", b))
+        for b in range(first, last + 1)
+    ]
+    return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
+
+
 class Shuffle:
     """An endless sequence of indices below ``size``: shuffled epochs, each visiting every index once.
 
@@ -74,5 +84,9 @@ class Stream:
     def take(self, start: int, stop: int) -> Tensor:
         """Elements ``start`` .. ``stop - 1``, shape (stop - start, *event)."""
         if isinstance(self.distribution, FiniteData):
-            return self.distribution.points[self._order.take(start, stop)]
+            return self.distribution.pick(self._order.take(start, stop))
         return draw(self.distribution, start, stop, self.seed, self.purpose)
+
+    def labels(self, start: int, stop: int) -> Tensor:
+        """The labels of elements ``start`` .. ``stop - 1`` of finite data that have some, int64."""
+        return self.distribution.pick_labels(self._order.take(start, stop))

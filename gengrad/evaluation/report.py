@@ -49,6 +49,15 @@ def table_row(result: Mapping, **labels: object) -> dict[str, str]:
     return row
 
 
+def image_row(result: Mapping, distance: str) -> dict[str, str]:
+    """One result of an image evaluation as a row of text: the Frechet ``distance`` and its floor first."""
+    row = {"NFE": str(result["nfe"]), distance: with_error(result[distance])}
+    if "floor" in result[distance]:
+        row["floor"] = with_error(result[distance]["floor"])
+    scores = {name: value for name, value in result.items() if isinstance(value, Mapping) and "mean" in value}
+    return row | {name: with_error(value) for name, value in scores.items() if name != distance}
+
+
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Aligned Markdown of rows that map columns to values; numbers to the right, a missing value is ``-``.
 

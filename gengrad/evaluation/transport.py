@@ -207,7 +207,7 @@ def _by_metric(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def _summary(values: Sequence[float]) -> dict:
+def summary(values: Sequence[float]) -> dict:
     """Mean and standard deviation over draws (None for a single one), and the values themselves."""
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": list(values)}
 
@@ -243,9 +243,9 @@ def evaluate_transport(
     values, floor = _by_metric(rows), reference.floor
     result: dict = {"nfe": nfe}
     for metric in values:
-        result[metric] = {**_summary(values[metric]), "floor": _summary(floor[metric])}
+        result[metric] = {**summary(values[metric]), "floor": summary(floor[metric])}
     excess = [w**2 - f**2 for w, f in zip(values["w2"], floor["w2"])]
-    result["w2_squared_minus_floor_squared"] = _summary(excess)
+    result["w2_squared_minus_floor_squared"] = summary(excess)
     result["protocol"] = {**reference.describe(), "seconds": round(time.perf_counter() - started, 2)}
     return result
 

@@ -2,6 +2,16 @@
 
 from gengrad.flows.flow import Flow, Samples, load
 from gengrad.flows.particles import ParticleFlow, particle_flow
+from gengrad.flows.phased import PhasedTransport
 from gengrad.flows.transports import Transport, VelocityTransport
 
-__all__ = ["Flow", "ParticleFlow", "Samples", "Transport", "VelocityTransport", "load", "particle_flow"]
+__all__ = [
+    "Flow",
+    "ParticleFlow",
+    "PhasedTransport",
+    "Samples",
+    "Transport",
+    "VelocityTransport",
+    "load",
+    "particle_flow",
+]

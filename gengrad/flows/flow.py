@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import gengrad
 from gengrad.data.base import Distribution
-from gengrad.data.draws import draw
+from gengrad.data.draws import draw, draw_labels
 from gengrad.files import sha256_of, write_atomically, write_json
 from gengrad.flows.solvers import SOLVERS
-from gengrad.flows.transports import Transport, transport_from
+from gengrad.flows.transports import Condition, Transport, transport_from
 from gengrad.registry import DATASETS, settings_of
 
 FORMAT = 1  # of flow.json; raised when an older gengrad could not read a newer file rightly
@@ -33,19 +33,31 @@ WAITING = ".next"  # ending of weights whose description is being written
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples (n, *event) with what they cost: ``nfe`` network evaluations per sample, counted, and ``seconds``."""
+    """Samples (n, *event) with what they cost: ``nfe`` network evaluations per sample, counted, and ``seconds``.
+
+    ``others``: evaluations per sample of networks that are no velocities, by name. ``y``: the classes (n,) asked for.
+    """
 
     x: Tensor
     nfe: float
     seed: int
     seconds: float
+    others: dict[str, float] = field(default_factory=dict)
+    y: Tensor | None = None
+
+    @property
+    def bill(self) -> str:
+        """What each sample cost, in words."""
+        apart = "".join(f", and {count:g} of the {name}" for name, count in self.others.items())
+        return f"{self.nfe:g} network evaluations each (counted){apart}"
 
 
 class Flow(nn.Module):
     """A source and the transports that carry its mass to the target, in order.
 
     ``info`` is free JSON that travels with the flow: the method, its settings, training metrics. ``units`` (m, s): the
-    transports work on normalised points, and what leaves the flow is m + s x.
+    transports work on normalised points, and what leaves the flow is m + s x. ``class_weights``: the share of each
+    class in the data of a flow whose networks take classes.
     """
 
     def __init__(
@@ -54,9 +66,11 @@ class Flow(nn.Module):
         transports: list[Transport] | None = None,
         info: dict | None = None,
         units: tuple[Tensor, float] | None = None,
+        class_weights: list[float] | None = None,
     ):
         super().__init__()
         self.source, self.info, self.units = source, dict(info or {}), units
+        self.class_weights = class_weights
         self.transports = nn.ModuleList(transports or [])
 
     @property
@@ -86,21 +100,28 @@ class Flow(nn.Module):
         first: int = 0,
         chunk: int = 4096,
         solver: str | None = None,
+        label: int | None = None,
+        guidance: float = 1.0,
     ) -> Samples:
         """Samples number ``first`` .. ``first + n - 1`` of the sequence keyed by ``seed``, and their counted cost.
 
         Sample i starts from the same source point whatever ``n``, ``first`` and ``chunk`` are, so that it comes out
         the same up to the rounding of differently shaped matrix products. When a GPU's memory runs out the chunk is
         halved and the work goes on. Raises ``ValueError`` for n < 1 or an nfe that the transports cannot spend.
+
+        A flow with classes gives sample i a class drawn like those of the data, or ``label`` to all; ``guidance`` above
+        1 pulls towards it at twice the evaluations. Raises ``ValueError`` for either where there are no classes.
         """
         self._check(n, chunk)
+        y = self._labels(first, first + n, seed, label, guidance)
         started, parts, position = time.perf_counter(), [], first
         with self._solved_by(solver), self._counting() as counted:
             budget = self.allocate(nfe)
             while position < first + n:
                 stop = min(position + chunk, first + n)
+                some = None if y is None else Condition(y[position - first : stop - first].to(self.device), guidance)
                 try:
-                    parts.append(self._push(position, stop, seed, budget).cpu())
+                    parts.append(self._push(position, stop, seed, budget, some).cpu())
                 except torch.cuda.OutOfMemoryError:
                     if chunk == 1:
                         raise
@@ -108,16 +129,75 @@ class Flow(nn.Module):
                     chunk //= 2
                     continue
                 position = stop
-        return Samples(self._restore(torch.cat(parts)), counted["evaluations"] / n, seed, time.perf_counter() - started)
+        others = {name: count / n for name, count in counted.items() if name}
+        x, seconds = self._restore(torch.cat(parts)), time.perf_counter() - started
+        return Samples(x, counted[""] / n, seed, seconds, others, y)
 
-    def trajectory(self, n: int, nfe: int | None = None, seed: int = 0, solver: str | None = None) -> Tensor:
+    def trajectory(
+        self,
+        n: int,
+        nfe: int | None = None,
+        seed: int = 0,
+        solver: str | None = None,
+        label: int | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
         """The same samples on their way: (steps + 1, n, *event), source first."""
         self._check(n, 1)
+        y = self._labels(0, n, seed, label, guidance)
+        condition = {} if y is None else {"condition": Condition(y.to(self.device), guidance)}
         with torch.inference_mode(), self._solved_by(solver):
             states = [draw(self.source, 0, n, seed, "source").to(self.device)]
             for transport, share in zip(self.transports, self.allocate(nfe)):
-                states += list(transport.path(states[-1], nfe=share))
+                states += list(transport.path(states[-1], nfe=share, **condition))
         return self._restore(torch.stack(states).cpu())
+
+    def phases(self, nfe: int | None = None, solver: str | None = None) -> list[tuple[str, int]]:
+        """(name, number of states) of the phases that ``trajectory`` goes through, where the transports have any."""
+        with self._solved_by(solver):
+            return [phase for t, share in zip(self.transports, self.allocate(nfe)) for phase in t.phases(share)]
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the flow's networks take; None where they take none."""
+        found = (getattr(n, "classes", None) for t in self.transports for n in t.velocity_networks())
+        return next((classes for classes in found if classes), None)
+
+    def choose(self, settings: dict[str, object]) -> None:
+        """Sets how phased transports are sampled (``phase_1``, ``fixed_tau``); ``ValueError`` where none is."""
+        chosen = [t for t in self.transports if settings and all(hasattr(t, key) for key in settings)]
+        if settings and not chosen:
+            raise ValueError(f"this flow has no phases, so it takes no {' and no '.join(settings)}")
+        for transport in chosen:
+            transport.set_phases(**settings)
+
+    def check_class(self, label: int | None, guidance: float) -> None:
+        """Raises ``ValueError`` for a class, or a guidance, that the flow does not know."""
+        if self.classes is None:
+            if label is not None or guidance != 1:
+                raise ValueError(
+                    "this flow was trained without classes, so it takes neither a class nor guidance; train one with "
+                    "network.classes=K on data with labels"
+                )
+            return
+        if not 0 <= guidance < float("inf"):
+            raise ValueError(f"guidance is a finite number, 0 or more (1: none); got {guidance}")
+        if label is None:
+            return
+        if not 0 <= label < self.classes:
+            raise ValueError(f"class {label} is none of this flow's classes 0 .. {self.classes - 1}")
+        if self.class_weights and not self.class_weights[label]:
+            known = [c for c, weight in enumerate(self.class_weights) if weight]
+            raise ValueError(f"class {label} was not in this flow's data, which had the classes {known}")
+
+    def _labels(self, first: int, stop: int, seed: int, label: int | None, guidance: float) -> Tensor | None:
+        """The classes of samples ``first`` .. ``stop - 1``; None for a flow without classes."""
+        self.check_class(label, guidance)
+        if self.classes is None:
+            return None
+        if label is not None:
+            return torch.full((stop - first,), label)
+        return draw_labels(torch.tensor(self.class_weights or [1.0] * self.classes), first, stop, seed)
 
     def cost(self, nfe: int | None = None, solver: str | None = None) -> int:
         """Network evaluations that ``sample(nfe=nfe, solver=solver)`` spends a sample; ``ValueError`` if it cannot."""
@@ -134,11 +214,14 @@ class Flow(nn.Module):
         shares = [nfe // count + (k < nfe % count) for k in range(count)]
         return [transport.cost(share) for transport, share in zip(self.transports, shares)]
 
-    def _push(self, start: int, stop: int, seed: int, budget: list[int | None]) -> Tensor:
+    def _push(
+        self, start: int, stop: int, seed: int, budget: list[int | None], condition: Condition | None
+    ) -> Tensor:
+        given = {} if condition is None else {"condition": condition}
         with torch.inference_mode():
             x = draw(self.source, start, stop, seed, "source").to(self.device)
             for transport, share in zip(self.transports, budget):
-                x = transport.push(x, nfe=share)
+                x = transport.push(x, nfe=share, **given)
         return x
 
     def _restore(self, x: Tensor) -> Tensor:
@@ -168,18 +251,31 @@ class Flow(nn.Module):
 
     @contextmanager
     def _counting(self) -> Iterator[dict[str, int]]:
-        """Counts the network evaluations that really happen, in samples x evaluations."""
-        counted = {"evaluations": 0}
+        """Counts the evaluations that really happen, times samples: of velocities under "", others by name."""
+        counted = {"": 0}
 
-        def count(module, inputs):
-            counted["evaluations"] += len(inputs[0])
+        def count_as(name: str):
+            def count(module, inputs):
+                counted[name] = counted.get(name, 0) + len(inputs[0])
 
-        hooks = [t.network.register_forward_pre_hook(count) for t in self.transports if hasattr(t, "network")]
+            return count
+
+        networks = [("", network) for t in self.transports for network in t.velocity_networks()]
+        networks += [item for t in self.transports for item in t.other_networks().items()]
+        hooks = [network.register_forward_pre_hook(count_as(name)) for name, network in networks]
         try:
             yield counted
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     # ---------------------------------------------------------------- saving
 
@@ -192,6 +288,7 @@ class Flow(nn.Module):
             "event_shape": list(self.event_shape),
             "transports": [transport.describe() for transport in self.transports],
             "units": None if self.units is None else [self.units[0].tolist(), self.units[1]],
+            "class_weights": self.class_weights,
             "info": self.info,
         }
 
@@ -201,7 +298,9 @@ class Flow(nn.Module):
         source = DATASETS.build(description["source"], event_shape=tuple(description["event_shape"]))
         units = description["units"]
         units = None if units is None else (torch.tensor(units[0]), units[1])
-        flow = cls(source, [transport_from(d) for d in description["transports"]], description["info"], units)
+        transports = [transport_from(d) for d in description["transports"]]
+        # flows from before there were classes have no weights of them
+        flow = cls(source, transports, description["info"], units, description.get("class_weights"))
         flow.load_state_dict(tensors, strict=True)
         return flow.eval()
 

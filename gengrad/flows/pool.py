@@ -22,9 +22,13 @@ class TrajectoryPool:
     memory_bound: int
     dtype: torch.dtype = torch.float32
     _paths: list[Tensor] = field(default_factory=list)
+    _labels: list[Tensor | None] = field(default_factory=list)
 
-    def add(self, states: Tensor) -> None:
-        """Takes in one batch of paths; raises ``ValueError`` when it alone exceeds the memory bound."""
+    def add(self, states: Tensor, labels: Tensor | None = None) -> None:
+        """Takes in one batch of paths, with the classes (n,) of its particles where they have some.
+
+        Raises ``ValueError`` when it alone exceeds the memory bound.
+        """
         states = states.to(self.dtype)
         if (needed := states.nbytes) > self.memory_bound:
             raise ValueError(
@@ -33,8 +37,9 @@ class TrajectoryPool:
                 "method.pool_memory_mb"
             )
         self._paths.append(states)
+        self._labels.append(labels)
         while len(self._paths) > self.capacity or self.nbytes > self.memory_bound:
-            del self._paths[0]
+            del self._paths[0], self._labels[0]
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +59,10 @@ class TrajectoryPool:
         start, length = self.times[k], self.times[k + 1] - self.times[k]
         w = (after - before) / length.view(shape)
         return before + (t - start).view(shape) * w, w
+
+    def labels(self, rows: Tensor) -> Tensor | None:
+        """The classes of particles ``rows``, (n,); None where they were added without."""
+        return None if self._labels[0] is None else torch.cat(self._labels)[rows]
 
     def _read(self, batch: Tensor, k: Tensor, row: Tensor) -> Tensor:
         if len(self._paths) == 1:

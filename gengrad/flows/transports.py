@@ -4,16 +4,47 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gengrad.flows.solvers import EVALUATIONS, SOLVERS, integrate, steps_for
+from gengrad.flows.solvers import EVALUATIONS, SOLVERS, Velocity, integrate, steps_for
 from gengrad.registry import NETWORKS, settings_of
 
 
+@dataclass(frozen=True)
+class Condition:
+    """The classes ``y`` (batch,) that the samples are to have, and the ``guidance`` w towards them."""
+
+    y: Tensor
+    guidance: float = 1.0
+
+
+def conditioned(network: nn.Module, condition: Condition | None) -> Velocity:
+    """v(x, t) = u(x, t) + w (u(x, t, y) - u(x, t)): classifier-free guidance (Ho and Salimans 2022, eq. 6).
+
+    There w counts from zero: theirs is w - 1. w = 1 is the plain conditional velocity, one evaluation instead of two.
+    """
+    if condition is None:
+        return network
+    y, w = condition.y, condition.guidance
+    if w == 1:
+        return lambda x, t: network(x, t, y)
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        nobody = torch.full_like(y, network.classes)
+        without, with_class = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([nobody, y])).chunk(2)
+        return without + w * (with_class - without)
+
+    return guided
+
+
 class Transport(nn.Module, ABC):
-    """One map of the flow: ``push`` moves points, ``cost`` says what that takes in network evaluations."""
+    """One map of the flow: ``push`` moves points, ``cost`` says what that takes in network evaluations.
+
+    ``condition`` is handed only to transports of networks that take classes.
+    """
 
     kind: str  # its name in flow.json
 
@@ -21,12 +52,26 @@ class Transport(nn.Module, ABC):
     def path(self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None) -> Iterator[Tensor]:
         """The states on the way from x (batch, *event), the last one where ``push`` ends."""
 
-    def push(self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None) -> Tensor:
+    def push(
+        self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None, **condition
+    ) -> Tensor:
         """x moved, like x. ``nfe``: network evaluations to spend, where the transport leaves a choice."""
         last = x
-        for state in self.path(x, generator, nfe):
+        for state in self.path(x, generator, nfe, **condition):
             last = state
         return last
+
+    def velocity_networks(self) -> list[nn.Module]:
+        """The networks whose evaluations are the NFE."""
+        return [self.network] if hasattr(self, "network") else []
+
+    def other_networks(self) -> dict[str, nn.Module]:
+        """Networks by name that are evaluated besides, whose evaluations are reported apart."""
+        return {}
+
+    def phases(self, nfe: int | None = None) -> list[tuple[str, int]]:
+        """(name, number of states) of the phases that ``path`` goes through, where it has any."""
+        return []
 
     @abstractmethod
     def cost(self, nfe: int | None = None) -> int:
@@ -51,8 +96,15 @@ class VelocityTransport(Transport):
             raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
         self.network, self.t0, self.t1, self.solver = network, t0, t1, solver
 
-    def path(self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None) -> Iterator[Tensor]:
-        return integrate(self.network, x, self.t0, self.t1, self.cost(nfe) // EVALUATIONS[self.solver], self.solver)
+    def path(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        nfe: int | None = None,
+        condition: Condition | None = None,
+    ) -> Iterator[Tensor]:
+        v, steps = conditioned(self.network, condition), self.cost(nfe) // EVALUATIONS[self.solver]
+        return integrate(v, x, self.t0, self.t1, steps, self.solver)
 
     def cost(self, nfe: int | None = None) -> int:
         nfe = self.default_nfe * EVALUATIONS[self.solver] if nfe is None else nfe

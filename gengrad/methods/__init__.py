@@ -3,5 +3,6 @@
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.flow_matching import FlowMatching
 from gengrad.methods.nsgf import NSGF
+from gengrad.methods.nsgf_pp import NSGFPlusPlus
 
-__all__ = ["NSGF", "FlowMatching", "Method", "Part", "Problem", "Stage"]
+__all__ = ["NSGF", "FlowMatching", "Method", "NSGFPlusPlus", "Part", "Problem", "Stage"]

@@ -17,16 +17,32 @@ from gengrad.registry import Configured
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of the global batch of ``size`` that this process computes at ``step`` (counted within the stage)."""
+    """The rows of the global batch of ``size`` that this process computes at ``step`` (counted within the stage).
+
+    Where gradients are accumulated, one ``piece`` of ``pieces`` of the process's share at a time.
+    """
 
     step: int
     size: int
     rank: int = 0
     world: int = 1
+    piece: int = 0
+    pieces: int = 1
 
-    def rows(self) -> slice:
+    def share(self) -> slice:
+        """The rows of this process, all pieces of them: what its couplings see."""
         share = self.size // self.world
         return slice(self.rank * share, (self.rank + 1) * share)
+
+    def within(self) -> slice:
+        """The rows of the piece, counted from the start of the share."""
+        size = self.size // self.world // self.pieces
+        return slice(self.piece * size, (self.piece + 1) * size)
+
+    def rows(self) -> slice:
+        """The rows of the piece in the global batch."""
+        start, piece = self.share().start, self.within()
+        return slice(start + piece.start, start + piece.stop)
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ class Problem:
     steps: int  # optimiser steps of the whole run
     batch_size: int  # global
     device: torch.device
+    classes: int | None = None  # labels that the network takes; none: it is not trained on labels
 
 
 class Stage(ABC):
@@ -52,6 +69,7 @@ class Stage(ABC):
     name: str
     steps: int
     networks: dict[str, nn.Module]
+    replaces = False  # whether its transport has taken in the flow's last one and stands in its place
 
     @abstractmethod
     def objective(
@@ -77,6 +95,10 @@ class Method(Configured, ABC):
     def batches(self) -> dict[str, tuple[int, bool]]:
         """Batches it takes besides ``train.batch_size``: key -> (size, whether the processes share it out)."""
         return {}
+
+    def refusals(self, classes: int | None) -> list[str]:
+        """What is wrong with these settings for a network of so many ``classes``, one sentence each."""
+        return []
 
     @abstractmethod
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:

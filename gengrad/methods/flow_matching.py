@@ -13,6 +13,7 @@ from gengrad.data.draws import Stream
 from gengrad.flows.flow import Flow
 from gengrad.flows.transports import VelocityTransport
 from gengrad.methods.base import Method, Part, Problem, Stage
+from gengrad.methods.regression import Examples, LabelDropout, classes_in, forget_labels, matching_loss
 from gengrad.ot import exact_assignment
 from gengrad.registry import METHODS, Settings
 
@@ -22,41 +23,60 @@ class FlowMatching(Method):
     """min E |u(x_t, t) - (x_1 - x_0)|^2, x_t = (1 - t) x_0 + t x_1, t uniform (Lipman et al. 2023, eq. 9 and 23).
 
     ``coupling``: ``independent`` pairs, or the exact optimal assignment within each batch (minibatch OT: Tong et al.
-    2024, Pooladian et al. 2023). Over several processes each one couples its own rows.
+    2024, Pooladian et al. 2023). Over several processes each one couples its own rows. With a network that takes
+    classes, points are coupled within their class, and ``label_dropout`` of the labels are hidden, for guidance.
     """
 
     class Config(Settings):
         coupling: Literal["independent", "minibatch_ot"] = "independent"
         time_exponent: float = Field(1.0, gt=0)  # t = u^time_exponent, u uniform; 1: the papers
+        label_dropout: LabelDropout = 0.1
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield StraightStage(problem, self.config)
 
 
 class StraightStage(Stage):
-    """The one stage of flow matching."""
+    """Straight lines between coupled points, on the clock from ``start`` to 1: the one stage of flow matching."""
 
     name = "flow_matching"
 
-    def __init__(self, problem: Problem, config: FlowMatching.Config):
-        self.problem, self.config, self.steps = problem, config, problem.steps
+    def __init__(self, problem: Problem, config: FlowMatching.Config, start: float = 0.0):
+        self.problem, self.config, self.steps, self.start = problem, config, problem.steps, start
         self.networks = {"velocity": problem.make_network()}
         self.source = Stream(problem.source, problem.seed, "train/source")
         self.target = Stream(problem.target, problem.seed, "train/target")
+        self._pairs: tuple = (None, ())  # the coupled points of a step, which the pieces of its batch share
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        rows = part.rows()
-        start, stop = part.step * part.size + rows.start, part.step * part.size + rows.stop
-        x_0, x_1 = self.source.take(start, stop), self.target.take(start, stop)
-        t = torch.rand(part.size, generator=generator)[rows] ** self.config.time_exponent
-        if self.config.coupling == "minibatch_ot":
-            x_1 = x_1[exact_assignment(x_0.flatten(1), x_1.flatten(1))]
-        x_0, x_1, t = (z.to(self.problem.device) for z in (x_0, x_1, t))
+        return matching_loss(networks["velocity"], self.examples(part, generator)), {}
+
+    def examples(self, part: Part, generator: torch.Generator) -> Examples:
+        """x_t = (1 - t) x_0 + t x_1 with its velocity x_1 - x_0, t on [start, 1]."""
+        x_0, x_1, y = (None if z is None else z[part.within()] for z in self._coupled(part))
+        u = torch.rand(part.size, generator=generator)[part.rows()] ** self.config.time_exponent
+        t = self.start + (1 - self.start) * u
         s = t.view(-1, *[1] * (x_0.dim() - 1))
-        x_t, u = (1 - s) * x_0 + s * x_1, x_1 - x_0
-        return (networks["velocity"](x_t, t) - u).square().mean(), {}
+        found = Examples((1 - s) * x_0 + s * x_1, t, x_1 - x_0, y)
+        classes = self.problem.classes or 0
+        found = forget_labels(found, self.config.label_dropout, classes, generator, part.rows(), part.size)
+        return found.to(self.problem.device)
+
+    def _coupled(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The pairs (x_0, x_1) of this process at this step, and the classes of the x_1 where they matter."""
+        share = part.share()
+        start, stop = part.step * part.size + share.start, part.step * part.size + share.stop
+        if self._pairs[0] != (start, stop):
+            x_0, x_1 = self.source.take(start, stop), self.target.take(start, stop)
+            y = self.target.labels(start, stop) if self.problem.classes else None
+            if self.config.coupling == "minibatch_ot":
+                x_1 = x_1.clone()
+                for rows in classes_in(y, len(x_1)):
+                    x_1[rows] = x_1[rows][exact_assignment(x_0[rows].flatten(1), x_1[rows].flatten(1))]
+            self._pairs = ((start, stop), (x_0, x_1, y))
+        return self._pairs[1]
 
     def transport(self, networks: dict[str, nn.Module]) -> VelocityTransport:
         return VelocityTransport(networks["velocity"])

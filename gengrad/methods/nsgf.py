@@ -18,6 +18,7 @@ from gengrad.flows.pool import TrajectoryPool
 from gengrad.flows.transports import VelocityTransport
 from gengrad.functionals.divergence import sinkhorn_log
 from gengrad.methods.base import Method, Part, Problem, Stage
+from gengrad.methods.regression import Examples, LabelDropout, classes_in, forget_labels, matching_loss
 from gengrad.ot import SinkhornResult, exact_assignment, sinkhorn_velocity
 from gengrad.registry import METHODS, Settings
 
@@ -52,6 +53,7 @@ class NSGF(Method):
         pool_batches: int = Field(1, ge=1)  # OT batches that the pool mixes
         pool_memory_mb: int = Field(1024, ge=1)
         ot_scope: Literal["global", "rows", "local"] = "global"
+        label_dropout: LabelDropout = 0.1  # share of the labels hidden from a network that takes classes, for guidance
 
         @model_validator(mode="after")
         def _matchable(self):
@@ -64,24 +66,35 @@ class NSGF(Method):
         found = {"method.ot_batch": (c.ot_batch, c.ot_scope != "global")}
         return found | {"method.target_batch": (c.target_batch or c.ot_batch, c.ot_scope == "local")}
 
+    def refusals(self, classes: int | None) -> list[str]:
+        c = self.config
+        if classes and (c.ot_scope == "rows" or c.target_batch not in (None, c.ot_batch)):
+            return ["particles take the classes of the targets one to one where the network takes classes: leave out "
+                    "method.target_batch, and method.ot_scope=rows"]
+        return []
+
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield SinkhornStage(problem, self.config)
 
 
 class SinkhornStage(Stage):
-    """Fills the pool with particle paths, one OT batch a period, and regresses the network on them."""
+    """Fills the pool with particle paths, one OT batch a period, and regresses the network on them.
+
+    The paths run from 0 to ``until`` on the geodesic clock. Where the network takes classes, particle i has the class
+    of target i, and each class is a transport problem of its own.
+    """
 
     name = "nsgf"
 
-    def __init__(self, problem: Problem, config: NSGF.Config):
-        self.problem, self.config, self.steps = problem, config, problem.steps
+    def __init__(self, problem: Problem, config: NSGF.Config, until: float = 1.0):
+        self.problem, self.config, self.steps, self.until = problem, config, problem.steps, until
         self.networks = {"velocity": problem.make_network()}
         self.source = Stream(problem.source, problem.seed, "train/source")
         self.target = Stream(problem.target, problem.seed, "train/target")
         # a path batch is worth this many steps: then the next one enters the pool
         self.period = ceil(config.uses * config.ot_batch / problem.batch_size)
         steps = config.flow_steps if config.pool == "euler" else 1
-        self.times = torch.tensor(geodesic_times(steps))
+        self.times = until * torch.tensor(geodesic_times(steps))
         self._pool: TrajectoryPool | None = None
         self._newest = -1  # number of the newest path batch in the pool
         self._logs: dict[str, float] = {}
@@ -89,12 +102,18 @@ class SinkhornStage(Stage):
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
+        return matching_loss(networks["velocity"], self.examples(part, generator)), self._logs
+
+    def examples(self, part: Part, generator: torch.Generator) -> Examples:
+        """Positions on the pool's paths with the velocity there, t uniform on [0, until]."""
         pool = self._filled(part)
-        rows = self._rows(part)
-        t = stratified(part.size, generator)[part.rows()] ** self.config.time_exponent
-        x_t, w = pool.segments(rows.to(pool.times.device), t.to(pool.times.device))
-        prediction = networks["velocity"](x_t, t.to(x_t.device))
-        return (prediction - w).square().mean(), self._logs
+        rows = self._rows(part).to(pool.times.device)
+        u = stratified(part.size, generator)[part.rows()] ** self.config.time_exponent
+        t = (self.until * u).to(pool.times.device)
+        x_t, w = pool.segments(rows, t)
+        found = Examples(x_t, t, w, pool.labels(rows))
+        classes = self.problem.classes or 0
+        return forget_labels(found, self.config.label_dropout, classes, generator, part.rows(), part.size)
 
     def transport(self, networks: dict[str, nn.Module]) -> VelocityTransport:
         return VelocityTransport(networks["velocity"])
@@ -109,7 +128,7 @@ class SinkhornStage(Stage):
             self._newest = max(number - c.pool_batches, -1)
         while self._newest < number:
             self._newest += 1
-            self._pool.add(self._paths(self._newest, part))
+            self._pool.add(*self._paths(self._newest, part))
         return self._pool
 
     def _rows(self, part: Part) -> Tensor:
@@ -120,26 +139,38 @@ class SinkhornStage(Stage):
         number, step = divmod(part.step, self.period)
         shuffle = Shuffle(len(self._pool), self.problem.seed, f"train/pool/{number}/{rank}")
         rows = shuffle.take(step * size, (step + 1) * size)
-        return rows[part.rows()] if self.config.ot_scope == "global" else rows
+        return rows[part.rows() if self.config.ot_scope == "global" else part.within()]
 
-    def _paths(self, number: int, part: Part) -> Tensor:
-        """States (len(times), n, *event) of path batch ``number``; ``ot_scope`` says which points a process moves.
+    def _paths(self, number: int, part: Part) -> tuple[Tensor, Tensor | None]:
+        """States (len(times), n, *event) of path batch ``number`` and the particles' classes, where they have some.
 
-        global: every process solves the whole problem and gets the same paths, without communication;
-        rows: its own source points against all targets; local: its own against its own.
+        ``ot_scope`` says which points a process moves. global: every process solves the whole problem and gets the
+        same paths, without communication; rows: its own source points against all targets; local: its own against
+        its own.
         """
         c = self.config
         rank, world = (0, 1) if c.ot_scope == "global" else (part.rank, part.world)
         x = self._take(self.source, number, c.ot_batch, rank, world)
         alone = c.ot_scope == "local"
-        y = self._take(self.target, number, c.target_batch or c.ot_batch, rank if alone else 0, world if alone else 1)
+        place = (c.target_batch or c.ot_batch, rank if alone else 0, world if alone else 1)
+        y = self._take(self.target, number, *place)
+        labels = self._take(self.target, number, *place, labels=True) if self.problem.classes else None
         seed = generator_for(self.problem.seed, "train/plan", number, rank).initial_seed()
-        return self._flow(x, y, torch.Generator(self.problem.device).manual_seed(seed))
+        generator = torch.Generator(self.problem.device).manual_seed(seed)
+        if labels is None:
+            return self._flow(x, y, generator), None
+        states = x.new_empty(len(self.times), *x.shape)
+        for rows in classes_in(labels, len(labels)):
+            states[:, rows] = self._flow(x[rows], y[rows], generator)
+        return states, labels
 
-    def _take(self, stream: Stream, number: int, size: int, rank: int, world: int) -> Tensor:
-        """A process's share of batch ``number`` of a stream cut into batches of ``size``."""
+    def _take(
+        self, stream: Stream, number: int, size: int, rank: int, world: int, labels: bool = False
+    ) -> Tensor:
+        """A process's share of batch ``number`` of a stream cut into batches of ``size``, or the labels of it."""
         rows = Part(0, size, rank, world).rows()
-        return stream.take(number * size + rows.start, number * size + rows.stop).to(self.problem.device)
+        take = stream.labels if labels else stream.take
+        return take(number * size + rows.start, number * size + rows.stop).to(self.problem.device)
 
     def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock."""
@@ -163,7 +194,6 @@ class SinkhornStage(Stage):
         pick = {"marginal_error": max, "converged": min}
         self._logs = {key: pick.get(key, mean)([log[key] for log in logs]) for key in logs[-1]}
         return torch.stack(states).view(len(states), *shape)
-
 
     def _velocity(self, x: Tensor, y: Tensor, solved: SinkhornResult, generator: torch.Generator) -> Tensor:
         """Where the particles x (n, d) are sent: the mean, a draw or the rounding of their rows of the plan."""

@@ -26,13 +26,14 @@ def groups(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a skip; time enters as a scale and a shift after the second norm."""
+    """Two 3x3 convolutions around a skip; time and class enter as a scale and a shift after the second norm."""
 
-    def __init__(self, before: int, after: int, time_size: int):
+    def __init__(self, before: int, after: int, time_size: int, dropout: float = 0.0):
         super().__init__()
         self.norm_in, self.conv_in = groups(before), nn.Conv2d(before, after, 3, padding=1)
         self.modulation = nn.Linear(time_size, 2 * after)
         self.norm_out, self.conv_out = groups(after), nn.Conv2d(after, after, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
         nn.init.zeros_(self.conv_out.weight)  # the block starts as its skip: deep stacks train from the first step
         nn.init.zeros_(self.conv_out.bias)
@@ -41,7 +42,7 @@ class ResidualBlock(nn.Module):
         h = self.conv_in(F.silu(self.norm_in(x)))
         scale, shift = rearrange(self.modulation(embedded_time), "b (two c) -> two b c 1 1", two=2)
         h = self.norm_out(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv_out(F.silu(h))
+        return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
 
 
 class SelfAttention(nn.Module):
@@ -64,11 +65,24 @@ class SelfAttention(nn.Module):
         return x + self.out(rearrange(h, "b heads (h w) c -> b (heads c) h w", h=height, w=width))
 
 
+class Attentive(nn.Module):
+    """A residual block with attention after it."""
+
+    def __init__(self, block: ResidualBlock, attention: SelfAttention):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, embedded_time: Tensor) -> Tensor:
+        return self.attention(self.block(x, embedded_time))
+
+
 @NETWORKS.register("unet")
 class UNet(nn.Module, Configured):
-    """``net(x, t)`` on images (batch, c, h, w): one level per entry of ``multipliers``, each half the size before.
+    """``net(x, t, y)`` on images (batch, c, h, w): one level per entry of ``multipliers``, each half the size before.
 
-    Attention acts at the coarsest level. Raises ``ValueError`` when the image cannot be halved that often.
+    Attention acts at the coarsest level, and where images are ``attention_at`` pixels high. With ``classes`` K it takes
+    labels y (batch,) in 0 .. K, K or no y for no class. ``channels_last`` changes how weights and activations lie in
+    memory, not what comes out. Raises ``ValueError`` when the image cannot be halved that often.
     """
 
     class Config(Settings):
@@ -76,6 +90,10 @@ class UNet(nn.Module, Configured):
         multipliers: list[int] = Field([1, 2], min_length=1)
         blocks: int = Field(1, ge=1)
         attention: bool = True
+        attention_at: list[int] = []  # heights of feature maps with attention besides, e.g. [16]
+        dropout: float = Field(0.0, ge=0, lt=1)
+        classes: int | None = Field(None, ge=1)
+        channels_last: bool = False
 
         @field_validator("multipliers")
         @classmethod
@@ -95,33 +113,42 @@ class UNet(nn.Module, Configured):
         self.time = nn.Sequential(
             nn.Linear(c.channels, time_size), nn.SiLU(), nn.Linear(time_size, time_size), nn.SiLU()
         )
+        self.classes = c.classes
+        self.label = nn.Embedding(c.classes + 1, time_size) if c.classes else None  # the last row: no class
         self.stem = nn.Conv2d(event_shape[0], widths[0], 3, padding=1)
+
+        def block(before: int, after: int, level: int) -> nn.Module:
+            residual = ResidualBlock(before, after, time_size, c.dropout)
+            looks = event_shape[1] // 2**level in c.attention_at
+            return Attentive(residual, SelfAttention(after)) if looks else residual
 
         self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]
         width = widths[0]
         for level, after in enumerate(widths):
             for _ in range(c.blocks):
-                self.down.append(ResidualBlock(width, after, time_size))
+                self.down.append(block(width, after, level))
                 width = after
                 skips.append(width)
             if level < len(widths) - 1:
                 self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
 
-        self.middle_in = ResidualBlock(width, width, time_size)
+        self.middle_in = ResidualBlock(width, width, time_size, c.dropout)
         self.middle_attention = SelfAttention(width) if c.attention else nn.Identity()
-        self.middle_out = ResidualBlock(width, width, time_size)
+        self.middle_out = ResidualBlock(width, width, time_size, c.dropout)
 
         self.up, self.enlarge = nn.ModuleList(), nn.ModuleList()
         for level, after in reversed(list(enumerate(widths))):
             for _ in range(c.blocks + 1):
-                self.up.append(ResidualBlock(width + skips.pop(), after, time_size))
+                self.up.append(block(width + skips.pop(), after, level))
                 width = after
             if level > 0:
                 self.enlarge.append(nn.Conv2d(width, width, 3, padding=1))
         self.norm, self.head = groups(width), nn.Conv2d(width, event_shape[0], 3, padding=1)
         nn.init.zeros_(self.head.weight)  # velocity 0 at the start: the first steps learn the mean, not noise
         nn.init.zeros_(self.head.bias)
+        if c.channels_last:
+            self.to(memory_format=torch.channels_last)
 
     @staticmethod
     def _check(event_shape: tuple[int, ...], levels: int) -> None:
@@ -139,10 +166,14 @@ class UNet(nn.Module, Configured):
             )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        if y is not None:
-            raise ValueError("this unet takes no class labels; leave y out")
         c = self.config
+        if c.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         e = self.time(time_embedding(t.expand(len(x)), c.channels).to(x.dtype))
+        if self.label is not None:
+            e = e + self.label(torch.full_like(t, self.classes, dtype=torch.long).expand(len(x)) if y is None else y)
+        elif y is not None:
+            raise ValueError("this unet takes no class labels; leave y out, or set network.classes")
         h = self.stem(x)
         kept, down, shrink = [h], iter(self.down), iter(self.shrink)
         for level in range(len(c.multipliers)):

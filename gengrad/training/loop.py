@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,7 @@ class TrainSettings(Settings):
 
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=2)
+    accumulate: int = Field(1, ge=1)  # pieces that the batch goes through the network in: less memory, same gradient
     lr: float = Field(1e-3, gt=0)
     lr_decay: Literal["cosine", "constant"] = "cosine"
     warmup: int = Field(0, ge=0)
@@ -47,6 +49,7 @@ class TrainSettings(Settings):
     grad_clip: float = Field(1.0, gt=0)
     ema_share: float = Field(0.02, ge=0, le=1)  # horizon of the weight average as a share of the stage; 0: none
     precision: Literal["no", "bf16"] = "no"
+    compile: bool = False  # torch.compile: minutes at the start, faster steps after; needs a C++ compiler
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=2)
     log_every: int = Field(50, ge=1)
@@ -141,6 +144,9 @@ class _Fitter:
         self.networks: dict[str, nn.Module] = {
             name: run.accelerator.prepare(network) for name, network in stage.networks.items()
         }
+        if settings.compile:
+            for network in self.networks.values():
+                network.compile()
         self.named = {f"{n}.{p}": w for n, net in stage.networks.items() for p, w in net.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -149,8 +155,6 @@ class _Fitter:
     def step(self, progress: Progress) -> tuple[Tensor, Tensor, dict[str, float]] | None:
         """One optimiser step; (loss, gradient norm, logs), or None when something was not finite and it was skipped."""
         run, settings, stage = self.run, self.settings, self.stage
-        part = Part(progress.step, settings.batch_size, run.accelerator.process_index, run.accelerator.num_processes)
-        generator = generator_for(run.seed, f"train/{stage.name}", progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 progress.step, stage.steps, settings.lr, settings.warmup, settings.lr_decay
@@ -158,12 +162,12 @@ class _Fitter:
         self.optimizer.zero_grad(set_to_none=True)
         # `prepare` has wrapped the networks' forward for mixed precision; transport problems keep full precision
         try:
-            loss, logs = stage.objective(self.networks, part, generator)
-            run.accelerator.backward(loss)
+            loss, logs = self._gradient(progress.step)
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(
                 f"stage {stage.name!r}, step {progress.step}: out of GPU memory ({str(error).split('. ')[0]}). Lower "
-                "train.batch_size or the network's width, or try train.precision=bf16; the last checkpoint is kept"
+                "train.batch_size or the network's width, or try train.precision=bf16 or train.accumulate=2; the last "
+                "checkpoint is kept"
             ) from error
         norm = nn.utils.clip_grad_norm_(self.named.values(), settings.grad_clip)
         # the gradient is averaged over processes, so its norm tells all of them the same; the loss does not
@@ -175,6 +179,23 @@ class _Fitter:
         self.optimizer.step()
         self.ema.update(stage.networks, progress.step)
         return loss.detach(), norm.detach(), logs
+
+    def _gradient(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss and logs of the batch of ``step``, taken in pieces; its gradient is left in the weights."""
+        accelerator, stage, settings = self.run.accelerator, self.stage, self.settings
+        place = (settings.batch_size, accelerator.process_index, accelerator.num_processes)
+        losses, logs = [], {}
+        for piece in range(settings.accumulate):
+            part = Part(step, *place, piece, settings.accumulate)
+            with ExitStack() as stack:
+                if piece < settings.accumulate - 1:  # processes meet once, at the last piece
+                    for network in self.networks.values():
+                        stack.enter_context(accelerator.no_sync(network))
+                generator = generator_for(self.run.seed, f"train/{stage.name}", step)  # the same for all pieces
+                loss, logs = stage.objective(self.networks, part, generator)
+                accelerator.backward(loss / settings.accumulate)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean(), logs
 
     def check_finite(self, run: Run) -> None:
         """Raises ``TrainingStopped`` where a weight is not finite: such a state is never committed."""
@@ -231,7 +252,7 @@ def _fit_stage(
         due = settings.preview_every and progress.step % settings.preview_every == 0
         if run.preview and due and run.accelerator.is_main_process:
             _with_current(fitter, flow, run.preview, progress)
-    flow.transports.append(stage.transport(fitter.ema.networks))
+    _attach(stage, flow, fitter.ema.networks)
     run.progress = Progress(progress.stage + 1, 0, progress.total, 0, progress.skipped)
     run.accelerator.free_memory()  # it holds every network it has prepared, and a method may have many stages
     _commit(None, flow, run)
@@ -306,11 +327,20 @@ def _publish(write: Callable[[], None], run: Run) -> None:
 
 def _with_current(fitter: _Fitter, flow: Flow, use: Callable[[Flow, Progress], None], progress: Progress) -> None:
     """Calls ``use`` with the flow as if the current stage ended here."""
-    flow.transports.append(fitter.stage.transport(fitter.ema.networks))
+    before = list(flow.transports)
+    _attach(fitter.stage, flow, fitter.ema.networks)
     try:
         use(flow, progress)
     finally:
+        flow.transports = nn.ModuleList(before)
+
+
+def _attach(stage: Stage, flow: Flow, networks: dict[str, nn.Module]) -> None:
+    """Adds what the stage leaves to the flow."""
+    transport = stage.transport(networks)
+    if stage.replaces:
         del flow.transports[-1]
+    flow.transports.append(transport)
 
 
 def _largest(accelerator: Accelerator, number: int) -> int:

@@ -13,6 +13,7 @@ from gengrad.networks import MLP
 from gengrad.registry import DATASETS, METHODS
 
 SMALLER = {"nsgf": {"ot_batch": 64, "target_batch": 64, "flow_steps": 2}, "flow_matching": {}}
+SMALLER["nsgf_pp"] = SMALLER["nsgf"]
 
 
 def problem(target="8gaussians", **changes) -> Problem:

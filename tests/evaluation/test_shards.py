@@ -1,0 +1,134 @@
+"""Sampling in shards: a restart repeats nothing, processes share the work, the command writes the scores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import gengrad
+from gengrad.cli import main
+from gengrad.data.images import as_bytes
+from gengrad.evaluation import shards as module
+from gengrad.evaluation.features import IdentityFeatures
+from gengrad.evaluation.shards import Shards
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENGRAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GENGRAD_INCEPTION", raising=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of NSGF++ on the digits, hardly trained; tests must not change its weights."""
+    folder = tmp_path_factory.mktemp("images")
+    raw = {
+        "out": str(folder / "run"),
+        "data": {"name": "digits"},
+        "network": {"name": "unet", "channels": 4, "multipliers": [1], "attention": False},
+        "method": {"name": "nsgf_pp", "ot_batch": 64},
+        "train": {"steps": 9, "batch_size": 32},
+        "evaluate": {"nfe": [2, 3], "n": 90, "draws": 2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", str(folder / "run.yaml")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(module, "SIZE", 10)
+
+
+def test_the_shards_of_any_number_of_processes_hold_the_same_samples(run, tmp_path, small_shards):
+    flow, n = gengrad.load(run), 33
+    whole = as_bytes(flow.sample(n, 3, seed=5))
+    for world in (1, 2, 3):
+        parts = [Shards(flow, tmp_path / str(world), n, rank=r, world=world, nfe=3, seed=5) for r in range(world)]
+        assert sum(part.draw() for part in parts) == 4
+        found = parts[0].images()
+        assert found.shape == whole.shape
+        # other shapes of matrix products round differently, which can tip a byte
+        assert (found.int() - whole.int()).abs().max() <= 1
+        assert parts[0].bill == {"nfe": 3.0, "time predictor": 1.0}
+
+
+def test_a_restart_draws_only_what_is_missing_or_damaged(run, tmp_path, small_shards, monkeypatch):
+    flow, extract = gengrad.load(run), IdentityFeatures()
+    make = lambda n=33: Shards(flow, tmp_path / "s", n, nfe=2, seed=0)  # noqa: E731
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def dying(*arguments, **options):
+            calls.append(options)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return type(flow).draw_samples(flow, *arguments, **options)
+
+        patch.setattr(flow, "draw_samples", dying, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            make().draw()
+    assert make().draw() == 2 and make().draw() == 0
+    before = make().images()
+    (tmp_path / "s" / "000001.safetensors").write_bytes(b"damaged")
+    assert make().draw() == 1 and torch.equal(make().images(), before)
+    assert make().extract(extract) == 4 and make().extract(extract) == 0
+    assert make(40).draw() == 1  # the last shard was not full
+
+
+def test_evaluate_writes_scores_that_are_not_called_fid(run, tmp_path, capsys):
+    base = ["evaluate", str(run), "--features", "identity"]
+    assert main(base) == 0
+    told = capsys.readouterr().out
+    assert "FD-pixels" in told and "FID" not in told.replace("FD-", "")
+    report = json.loads((run / "metrics.json").read_text())
+    assert [r["nfe"] for r in report["results"]] == [2, 3]
+    result = report["results"][0]
+    assert result["FD-pixels"]["std"] is not None and result["FD-pixels"]["floor"]["mean"] > 0
+    assert result["others"] == {"time predictor": 1.0}
+    assert result["protocol"]["reference"] == "300 images of digits (held_out)" and result["protocol"]["n"] == 90
+    assert not (run / "samples").exists()
+    assert main([*base, "--keep-samples", "--reference", "train", "--nfe", "2"]) == 0
+    assert "1,497 images of digits (train)" in capsys.readouterr().out
+    assert len(list((run / "samples").rglob("0*.safetensors"))) == 4  # two seeds, samples and features
+
+
+def test_evaluate_says_which_weights_are_missing(run, capsys):
+    assert main(["evaluate", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert "--features classifier" in told and "weights-inception" in told
+
+
+def test_several_nfe_give_a_table_a_plot_and_a_strip_of_the_same_seeds(run, capsys, monkeypatch):
+    from gengrad.evaluation import classifier
+
+    monkeypatch.setattr(classifier, "steps_for", lambda n: 20)
+    assert main(["sample", str(run), "--n", "60", "--nfe", "1,2,4"]) == 0
+    assert "FD-classifier" in capsys.readouterr().out
+    assert all((run / name).stat().st_size > 1000 for name in ("quality.png", "strip.png"))
+    assert [r["nfe"] for r in json.loads((run / "quality.json").read_text())["results"]] == [1, 2, 4]
+
+
+def test_pictures_show_the_phases_and_the_way(run):
+    assert {"samples.png", "phases.png", "on_the_way.png", "loss.png"} <= {p.name for p in (run / "pictures").iterdir()}
+
+
+def test_two_processes_evaluate_together(run, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = ["evaluate", str(run), "--features", "identity", "--nfe", "2", "--samples", "1003", "--draws", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gengrad"]
+    result = subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("FD-pixels") == 1
+    together = json.loads((run / "metrics.json").read_text())["results"][0]["FD-pixels"]["mean"]
+    assert main(words) == 0
+    alone = json.loads((run / "metrics.json").read_text())["results"][0]["FD-pixels"]["mean"]
+    assert together == pytest.approx(alone, rel=1e-6)

@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -177,6 +178,28 @@ def test_an_assignment_from_a_potential_is_exact_however_good_the_potential_is(g
     solved = ot.sinkhorn(x, y, epsilon_rel=0.01).g
     potential = {"good": solved, "zero": 0 * solved, "wrong": -3 * solved.flip(0)}[guess]
     assert torch.equal(ot.exact_assignment(x, y, potential), ot.exact_assignment(x, y))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 40, 130])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_compiled_assignment_is_as_cheap_as_scipys_from_any_start(n, ties):
+    assign = pytest.importorskip("gengrad.ot.assignment_numba").assign
+    from scipy.optimize import linear_sum_assignment
+
+    random = np.random.default_rng(n)
+    for scale in (0.0, 1.0, 10.0):
+        cost = random.integers(0, 4, (n, n)).astype(float) if ties else random.random((n, n))
+        columns = assign(cost.copy(), scale * random.normal(size=n))
+        best = cost[linear_sum_assignment(cost)].sum()
+        assert sorted(columns) == list(range(n)) and cost[np.arange(n), columns].sum() == pytest.approx(best)
+
+
+def test_an_assignment_without_numba_is_the_same(monkeypatch):
+    x, y = clouds(60, 60, 2, dtype=torch.float32)
+    g = ot.sinkhorn(x, y, epsilon_rel=0.01).g
+    compiled = ot.exact_assignment(x, y, g)
+    monkeypatch.setattr(ot.exact, "has_numba", lambda: False)
+    assert torch.equal(ot.exact_assignment(x, y, g), compiled)
 
 
 def test_exact_transport_refuses_clouds_of_unequal_size_for_an_assignment():

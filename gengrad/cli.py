@@ -231,6 +231,9 @@ def evaluate(given) -> int:
             flow, target, nfes, folder=Path(given.run) / "samples", features=given.features or "inception",
             keep=given.keep_samples, ranks=_processes(), **asked, **chosen,
         )
+    elif given.features or given.reference or given.inception or given.keep_samples:
+        raise ValueError("--features, --reference, --inception and --keep-samples are for images; this run's data are "
+                         "points, which are judged as they are")
     else:
         report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
     if not report:  # the first process has it

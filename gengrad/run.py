@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -151,6 +153,9 @@ def _check(config: RunConfig, method: Method, target: Distribution, world: int) 
         each = f"train.accumulate={pieces}" + (f" on {world} processes" if world > 1 else "")
         problems.append(f"train.batch_size={config.train.batch_size} does not divide into the pieces of {each}")
     problems += _class_problems(config, method, target)
+    compilers = ("g++", "clang++", "c++", "cl")
+    if config.train.compile and not os.environ.get("CXX") and not any(map(shutil.which, compilers)):
+        problems.append(f"train.compile needs a C++ compiler, and none of {', '.join(compilers)} is here; leave it out")
     some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
     if (some == some[0]).all():
         problems.append(f"data {config.data['name']!r}: all points are identical; there is no distribution to learn")

@@ -120,6 +120,42 @@ CASES = {
     "output is a folder": Case("sample {run} --out {tmp}/d.npy", ["d.npy"], {"d.npy/keep": "x"}),
     "a film that is no GIF": Case("sample {run} --trajectory {tmp}/x.mp4", [".gif"]),
     "evaluating one point": Case("evaluate {run} --n 1", ["n=1"]),
+    # images, classes, phases
+    "a class of a flow without": Case("sample {run} --class 3", ["trained without classes", "network.classes=K"]),
+    "guidance of a flow without classes": Case("sample {run} --guidance 2", ["trained without classes"]),
+    "guidance that is no number": Case("sample {run} --guidance strong", ["--guidance", "'strong'"]),
+    "phases of a flow without": Case("sample {run} --phase-1 3", ["no phases", "phase_1"]),
+    "a tau of a flow without phases": Case("sample {run} --tau 0.5", ["no phases", "fixed_tau"]),
+    "image scores of points": Case("evaluate {run} --features classifier", ["are for images"]),
+    "unknown features": Case("evaluate {run} --features vgg", ["--features", "'vgg'"]),
+    "classes for points": Case("train {config} network.classes=10", ["network.classes", "unknown key"]),
+    "a folder of images that is not there": Case(
+        "train {config} data.name=image_folder data.path={tmp}/none", ["no folder of images", "none"]
+    ),
+    "a folder of other files": Case(
+        "train {config} data.name=image_folder data.path={tmp}/d", ["no images", ".txt"], {"d/a.txt": "x"}
+    ),
+    "a text file as an image": Case(
+        "train {config} data.name=image_folder data.path={tmp}/d", ["a.png", "no image"], {"d/a.png": "x"}
+    ),
+    "a class that no image has": Case("train {config} data.name=digits data.classes=[12]", ["data.classes"]),
+    "an image size that cannot be halved": Case(
+        "train {config} data.name=digits network.name=unet network.multipliers=[1,1,1,1,1]", ["multiples of 16", "8x8"]
+    ),
+    "classes without labels": Case(
+        "train {config} data.name=image_array data.path={tmp}/x.npy network.name=unet network.classes=3",
+        ["needs labels"], {"x.npy": np.zeros((80, 8, 8), np.uint8) + np.arange(8, dtype=np.uint8)},
+    ),
+    "pieces that do not divide the batch": Case("train {config} train.accumulate=5", ["train.accumulate=5", "divide"]),
+    "more than five Sinkhorn steps": Case(
+        "train {config} method.name=nsgf_pp method.flow_steps=6", ["method.flow_steps", "less than or equal to 5"]
+    ),
+    "a Sinkhorn phase over the whole clock": Case(
+        "train {config} method.name=nsgf_pp method.until=1.0", ["method.until", "less than 1"]
+    ),
+    "a shared network with two clocks": Case(
+        "train {config} method.name=nsgf_pp method.shared_network=true method.tau=0.3", ["leave out tau"]
+    ),
     "unknown command": Case("smaple {run}", ["smaple"]),
 }
 

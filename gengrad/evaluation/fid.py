@@ -20,6 +20,7 @@ from gengrad.files import write_atomically
 
 KEPT = 10_000  # features of which kernel distance, precision and recall are computed
 NEIGHBOURS = 3
+ALONE = {"sync_on_compute": False}  # torchmetrics would wait for other processes, which have nothing to add
 
 
 @dataclass
@@ -80,7 +81,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     if min(a.n, b.n) < 2:
         raise ValueError(f"a Frechet distance needs at least 2 images on either side; got {a.n} and {b.n}")
-    metric = FrechetInceptionDistance(feature=_Given(len(a.total)))
+    metric = FrechetInceptionDistance(feature=_Given(len(a.total)), **ALONE)
     for side, s in (("real", b), ("fake", a)):
         setattr(metric, f"{side}_features_sum", s.total)
         setattr(metric, f"{side}_features_cov_sum", s.outer)
@@ -100,7 +101,7 @@ def kernel_distance(a: Statistics, b: Statistics, seed: int = 0) -> float:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it draws from the global generator
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features
         torch.manual_seed(generator_for(seed, "KID").initial_seed())
-        metric = KernelInceptionDistance(feature=_Given(x.shape[1]), subsets=100, subset_size=size)
+        metric = KernelInceptionDistance(feature=_Given(x.shape[1]), subsets=100, subset_size=size, **ALONE)
         metric.update(x, real=False)
         metric.update(y, real=True)
         return float(metric.compute()[0])
@@ -115,7 +116,7 @@ def inception_score(a: Statistics, seed: int = 0) -> float | None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features
         torch.manual_seed(generator_for(seed, "inception score").initial_seed())
-        metric = InceptionScore(feature=_Given(1), splits=min(10, a.n))
+        metric = InceptionScore(feature=_Given(1), splits=min(10, a.n), **ALONE)
         metric.update(torch.cat([batch.logits for batch in a.kept]).double())
         return float(metric.compute()[0])
 

@@ -5,7 +5,7 @@ The public names, imported when they are first used:
 - ``load(run)``: the trained ``Flow`` of a run folder, with ``sample`` and ``trajectory``
 - ``train(config)``: one training run from a ``RunConfig`` (``load_config(path, overrides)`` makes one)
 - ``sinkhorn``, ``sinkhorn_velocity``, ``sinkhorn_divergence``: the optimal transport below it all
-- ``SinkhornDivergence``, ``EnergyDistance``, ``particle_flow``: functionals and the flow that descends them
+- ``SinkhornDivergence``, ``EnergyDistance``, ``RieszMMD``: functionals; ``particle_flow``: the flow that descends them
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _PUBLIC = {
     "sinkhorn_velocity": "gengrad.ot",
     "sinkhorn_divergence": "gengrad.ot",
     "SinkhornDivergence": "gengrad.functionals.divergence",
-    "EnergyDistance": "gengrad.functionals.divergence",
+    "EnergyDistance": "gengrad.functionals.riesz",
+    "RieszMMD": "gengrad.functionals.riesz",
     "particle_flow": "gengrad.flows.particles",
 }
 __all__ = [*_PUBLIC, "__version__"]

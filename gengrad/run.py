@@ -44,7 +44,7 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
     def build() -> None:
         target, source = build_data(config.data, config.source)
         method: Method = METHODS.build(config.method)
-        _check(config, method, target, accelerator.num_processes)
+        _check(config, method, source, target, accelerator.num_processes)
         parts.extend((target, source, method))
 
     # a file that one process cannot read ends all of them, with one message, before anything is written
@@ -140,9 +140,9 @@ def _take_weights(network: torch.nn.Module, networks: list, number: int, config:
         raise ConfigError(f"{where}: its network does not fit this config's `network:` section ({detail})") from None
 
 
-def _check(config: RunConfig, method: Method, target: Distribution, world: int) -> None:
+def _check(config: RunConfig, method: Method, source: Distribution, target: Distribution, world: int) -> None:
     """Refuses what the schema cannot see: sizes against the data and the number of processes."""
-    problems = []
+    problems = method.objections(source, target)
     for key, (size, shared) in {"train.batch_size": (config.train.batch_size, True), **method.batches()}.items():
         if len(target) and size > len(target):
             problems.append(f"{key}={size} is larger than the data, which have {len(target)} training points")
@@ -156,6 +156,12 @@ def _check(config: RunConfig, method: Method, target: Distribution, world: int) 
     compilers = ("g++", "clang++", "c++", "cl")
     if config.train.compile and not os.environ.get("CXX") and not any(map(shutil.which, compilers)):
         problems.append(f"train.compile needs a C++ compiler, and none of {', '.join(compilers)} is here; leave it out")
+    fitting = [name for name in NETWORKS if getattr(NETWORKS.get(name), "role", "velocity") == method.network_role]
+    if method.network_role != "none" and config.network["name"] not in fitting:
+        problems.append(
+            f"network {config.network['name']!r} does not fit method {method.name!r}, which learns a "
+            f"{method.network_role}: take network.name={' or '.join(fitting)}"
+        )
     some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
     if (some == some[0]).all():
         problems.append(f"data {config.data['name']!r}: all points are identical; there is no distribution to learn")
@@ -242,9 +248,10 @@ def _announce(
         network = NETWORKS.build(config.network, event_shape=tuple(problem.target.event_shape))
     size = sum(p.numel() for p in network.parameters())
     train, world = config.train, accelerator.num_processes
+    learns = METHODS.get(config.method["name"]).network_role != "none"
     lines = [
         f"gengrad {gengrad.__version__}: {config.method['name']}, {config.source['name']} -> {config.data['name']}",
-        f"  network   {config.network['name']}, {size:,} parameters",
+        f"  network   {config.network['name']}, {size:,} parameters" if learns else "  network   none",
         f"  device    {accelerator.device}, {world} process{'es' if world > 1 else ''}, precision {train.precision}",
         f"  batch     {train.batch_size} in all, {train.batch_size // world} a process",
         f"  steps     {train.steps:,}, a checkpoint every {train.checkpoint_every:,}",
@@ -307,7 +314,7 @@ def _farewell(
         tracker.say(f"stopped at step {outcome.progress.total:,}, saved in {out}; to go on: {command}")
         return
     picture = preview(flow, target, config)
-    rows = read_metrics(out)
+    rows = read_metrics(out) if (Path(out) / "metrics.jsonl").exists() else []  # nothing was learned
     if rows:
         plotting.save(plotting.loss_curve(rows), Path(out) / "pictures" / "loss.png")
     truth = None if target.is_image else _truth(target)

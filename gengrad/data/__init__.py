@@ -3,10 +3,13 @@
 from gengrad.data.arrays import Array
 from gengrad.data.base import Distribution, FiniteData
 from gengrad.data.digits import Digits
-from gengrad.data.draws import Stream, draw, generator_for
+from gengrad.data.diracs import Diracs
+from gengrad.data.draws import Keyed, Stream, draw, generator_for
 from gengrad.data.gaussians import Gaussian, GaussianMixture, StandardNormal, Uniform
+from gengrad.data.image_density import ImageDensity
 from gengrad.data.image_folder import ImageFolder
 from gengrad.data.images import CIFAR10, MNIST, FashionMNIST, ImageArray
+from gengrad.data.riesz_profile import RieszProfile
 from gengrad.data.toy2d import (
     Checkerboard,
     EightGaussians,
@@ -23,6 +26,7 @@ __all__ = [
     "Array",
     "Checkerboard",
     "Digits",
+    "Diracs",
     "Distribution",
     "EightGaussians",
     "FashionMNIST",
@@ -30,9 +34,12 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "ImageArray",
+    "ImageDensity",
     "ImageFolder",
+    "Keyed",
     "Moons",
     "Pinwheel",
+    "RieszProfile",
     "StandardNormal",
     "Stream",
     "SwissRoll",

@@ -7,12 +7,14 @@ Everything random in gengrad starts from ``generator_for(seed, purpose, *numbers
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from gengrad.data.base import Distribution, FiniteData
+from gengrad.data.gaussians import StandardNormal
 
 BLOCK = 256  # draws that share one generator: large enough to be fast, small enough to waste little at the ends
 
@@ -44,6 +46,23 @@ def draw_labels(weights: Tensor, start: int, stop: int, seed: int) -> Tensor:
         for b in range(first, last + 1)
     ]
     return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """Noise that belongs to the samples ``start`` .. ``stop - 1``, keyed by ``(seed, purpose)``.
+
+    In the place of a generator where each sample must meet the same noise in whatever batch it comes.
+    """
+
+    start: int
+    stop: int
+    seed: int
+    purpose: str
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal draws (stop - start, *shape) on the CPU; the same at every call."""
+        return draw(StandardNormal(event_shape=shape), self.start, self.stop, self.seed, self.purpose)
 
 
 class Shuffle:

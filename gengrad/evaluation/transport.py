@@ -6,7 +6,6 @@ differ, and no method can do better than that.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gengrad import ot
 from gengrad.data.base import Distribution, FiniteData
 from gengrad.data.draws import generator_for
 from gengrad.ot.exact import wasserstein2
@@ -26,20 +26,8 @@ from gengrad.ot.exact import wasserstein2
 
 
 def slicing_directions(d: int, count: int) -> Tensor:
-    """Unit vectors (d, count) in float64, the same at every call.
-
-    On the plane the equispaced angles k pi / count; above, orthonormal bases one after the other (QR of Gaussian
-    matrices from a fixed seed), so that the mean of (u . s)^2 is exactly |s|^2 / d where d divides ``count``.
-    """
-    if d == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    if d == 2:
-        angle = torch.arange(count, dtype=torch.float64) * math.pi / count
-        return torch.stack([angle.cos(), angle.sin()])
-    bases, generator = [], generator_for(0, "slicing directions", d)
-    for width in [d] * (count // d) + [count % d] * (count % d > 0):
-        bases.append(torch.linalg.qr(torch.randn(d, width, generator=generator, dtype=torch.float64)).Q)
-    return torch.cat(bases, dim=1)
+    """``gengrad.ot.slicing_directions`` from the seed of the evaluation: unit vectors (d, count), float64."""
+    return ot.slicing_directions(d, count, generator_for(0, "slicing directions", d))
 
 
 def sliced_w2_squared(x: Tensor, y: Tensor, directions: int = 128) -> float:

@@ -1,14 +1,17 @@
 """HOW mass moves: the particle flow itself, learned transports, and the flow that a training run leaves behind."""
 
+from gengrad.flows.cloud import RieszCloud
 from gengrad.flows.flow import Flow, Samples, load
 from gengrad.flows.particles import ParticleFlow, particle_flow
 from gengrad.flows.phased import PhasedTransport
-from gengrad.flows.transports import Transport, VelocityTransport
+from gengrad.flows.transports import PlanTransport, Transport, VelocityTransport
 
 __all__ = [
     "Flow",
     "ParticleFlow",
     "PhasedTransport",
+    "PlanTransport",
+    "RieszCloud",
     "Samples",
     "Transport",
     "VelocityTransport",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gengrad
 from gengrad.data.base import Distribution
-from gengrad.data.draws import draw, draw_labels
+from gengrad.data.draws import Keyed, draw, draw_labels
 from gengrad.files import sha256_of, write_atomically, write_json
 from gengrad.flows.solvers import SOLVERS
 from gengrad.flows.transports import Condition, Transport, transport_from
@@ -148,8 +148,9 @@ class Flow(nn.Module):
         condition = {} if y is None else {"condition": Condition(y.to(self.device), guidance)}
         with torch.inference_mode(), self._solved_by(solver):
             states = [draw(self.source, 0, n, seed, "source").to(self.device)]
-            for transport, share in zip(self.transports, self.allocate(nfe)):
-                states += list(transport.path(states[-1], nfe=share, **condition))
+            for number, (transport, share) in enumerate(zip(self.transports, self.allocate(nfe))):
+                noise = Keyed(0, n, seed, f"latent/{number}")
+                states += list(transport.path(states[-1], noise, share, **condition))
         return self._restore(torch.stack(states).cpu())
 
     def phases(self, nfe: int | None = None, solver: str | None = None) -> list[tuple[str, int]]:
@@ -220,8 +221,8 @@ class Flow(nn.Module):
         given = {} if condition is None else {"condition": condition}
         with torch.inference_mode():
             x = draw(self.source, start, stop, seed, "source").to(self.device)
-            for transport, share in zip(self.transports, budget):
-                x = transport.push(x, nfe=share, **given)
+            for number, (transport, share) in enumerate(zip(self.transports, budget)):
+                x = transport.push(x, Keyed(start, stop, seed, f"latent/{number}"), share, **given)
         return x
 
     def _restore(self, x: Tensor) -> Tensor:

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gengrad.data.draws import Keyed
 from gengrad.flows.solvers import EVALUATIONS, SOLVERS, Velocity, integrate, steps_for
 from gengrad.registry import NETWORKS, settings_of
+
+# what a transport with a latent variable draws it from: ``Keyed`` gives every sample its own noise
+Noise = Keyed | torch.Generator | None
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,10 @@ class Transport(nn.Module, ABC):
     kind: str  # its name in flow.json
 
     @abstractmethod
-    def path(self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None) -> Iterator[Tensor]:
+    def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
         """The states on the way from x (batch, *event), the last one where ``push`` ends."""
 
-    def push(
-        self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None, **condition
-    ) -> Tensor:
+    def push(self, x: Tensor, generator: Noise = None, nfe: int | None = None, **condition) -> Tensor:
         """x moved, like x. ``nfe``: network evaluations to spend, where the transport leaves a choice."""
         last = x
         for state in self.path(x, generator, nfe, **condition):
@@ -97,11 +99,7 @@ class VelocityTransport(Transport):
         self.network, self.t0, self.t1, self.solver = network, t0, t1, solver
 
     def path(
-        self,
-        x: Tensor,
-        generator: torch.Generator | None = None,
-        nfe: int | None = None,
-        condition: Condition | None = None,
+        self, x: Tensor, generator: Noise = None, nfe: int | None = None, condition: Condition | None = None
     ) -> Iterator[Tensor]:
         v, steps = conditioned(self.network, condition), self.cost(nfe) // EVALUATIONS[self.solver]
         return integrate(v, x, self.t0, self.t1, steps, self.solver)
@@ -127,7 +125,44 @@ class VelocityTransport(Transport):
         return cls(network, description["t0"], description["t1"], description["solver"])
 
 
-KINDS: dict[str, type] = {cls.kind: cls for cls in (VelocityTransport,)}
+class PlanTransport(Transport):
+    """A plan: y = x + scale network(x, z) with z standard normal, drawn afresh for each sample, so that atoms split.
+
+    One network evaluation, whatever ``nfe`` allows. The pushed measure has no density that could be computed.
+    """
+
+    kind = "plan"
+
+    def __init__(self, network: nn.Module, scale: float = 1.0):
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
+        self.cost(nfe)
+        size = self.network.latent
+        z = generator.normal(size) if isinstance(generator, Keyed) else torch.randn(len(x), size, generator=generator)
+        yield x + self.scale * self.network(x, z.to(x))
+
+    def cost(self, nfe: int | None = None) -> int:
+        if nfe is not None and nfe < 1:
+            raise ValueError(f"nfe is the number of network evaluations per sample, at least 1; got {nfe}")
+        return 1
+
+    def describe(self) -> dict:
+        return {
+            "kind": self.kind,
+            "network": settings_of(self.network),
+            "event_shape": list(self.network.event_shape),
+            "scale": self.scale,
+        }
+
+    @classmethod
+    def rebuild(cls, description: dict) -> PlanTransport:
+        network = NETWORKS.build(description["network"], event_shape=tuple(description["event_shape"]))
+        return cls(network, description["scale"])
+
+
+KINDS: dict[str, type] = {cls.kind: cls for cls in (VelocityTransport, PlanTransport)}
 
 
 def transport_from(description: dict) -> Transport:

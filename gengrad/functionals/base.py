@@ -26,6 +26,10 @@ class Functional(Configured, ABC):
     def __call__(self, x: Tensor) -> Tensor:
         return self.value(x)
 
+    def of_draws(self, x: Tensor) -> Tensor:
+        """F, up to a constant, estimated from independent draws x: a subclass with pairs leaves out the pairs i = k."""
+        return self.value(x)
+
     def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
         """v_i = -n dF/dx_i, like x, by autograd unless a subclass knows better.
 
@@ -63,6 +67,9 @@ class Sum(Functional):
 
     def value(self, x: Tensor) -> Tensor:
         return torch.stack([weight * term.value(x) for weight, term in self.terms]).sum()
+
+    def of_draws(self, x: Tensor) -> Tensor:
+        return torch.stack([weight * term.of_draws(x) for weight, term in self.terms]).sum()
 
     def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
         memory = {} if memory is None else memory

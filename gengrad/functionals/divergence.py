@@ -1,4 +1,4 @@
-"""Divergences to a cloud of target samples: the Sinkhorn divergence and the energy distance (an MMD)."""
+"""The Sinkhorn divergence to a cloud of target samples."""
 
 from __future__ import annotations
 
@@ -62,40 +62,3 @@ def sinkhorn_log(result) -> dict[str, float]:
     if result.self_mass is not None:  # there is a self problem only where the velocity is debiased
         log["self_mass"] = float(torch.as_tensor(result.self_mass).mean())
     return log
-
-
-@FUNCTIONALS.register("energy_distance")
-class EnergyDistance(Functional):
-    """D(mu, nu) = E|x - y| - E|x - x'| / 2 - E|y - y'| / 2, the squared MMD of the kernel -|x - y| (halved).
-
-    V-statistics: the pairs x = x' count, with distance 0, so duplicating particles changes nothing. Its velocity is
-    v_i = mean_k (x_i - x_k) / |x_i - x_k| - mean_j (x_i - y_j) / |x_i - y_j|, coincident pairs giving 0
-    (Szekely and Rizzo 2013). target: (m, *event) samples. Memory is n x m numbers.
-    """
-
-    def __init__(self, target: Tensor, config: Settings | None = None, **settings):
-        super().__init__(config, **settings)
-        self.target = target.flatten(1)
-        self._target_term = _mean_distance(self.target, self.target) / 2  # constant in x: computed once
-
-    def value(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return _mean_distance(x, self.target) - _mean_distance(x, x) / 2 - self._target_term
-
-    def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
-        flat = x.flatten(1)
-        return (_mean_direction(flat, flat) - _mean_direction(flat, self.target)).view_as(x)
-
-
-def _mean_distance(x: Tensor, y: Tensor) -> Tensor:
-    # differences, not the product form: near-coincident particles would lose all digits there
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mean()
-
-
-def _mean_direction(x: Tensor, y: Tensor) -> Tensor:
-    """mean_j (x_i - y_j) / |x_i - y_j|, with 0 where the points coincide; shape of x."""
-    centre = y.mean(0)  # the product form below loses the digits that all points share
-    x, y = x - centre, y - centre
-    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    weight = torch.where(distance > 0, 1 / distance, 0.0)
-    return (x * weight.sum(1, keepdim=True) - weight @ y) / len(y)

@@ -92,12 +92,18 @@ class Stage(ABC):
 class Method(Configured, ABC):
     """How a transport is learned. One file, one class, its ``Config`` the schema of ``method:`` in the YAML."""
 
+    network_role = "velocity"  # the ``role`` of the networks that it asks for; none: it learns nothing
+
     def batches(self) -> dict[str, tuple[int, bool]]:
         """Batches it takes besides ``train.batch_size``: key -> (size, whether the processes share it out)."""
         return {}
 
     def refusals(self, classes: int | None) -> list[str]:
         """What is wrong with these settings for a network of so many ``classes``, one sentence each."""
+        return []
+
+    def objections(self, source: Distribution, target: Distribution) -> list[str]:
+        """Why it cannot carry this source to this target; nothing is started where there is a reason."""
         return []
 
     @abstractmethod

@@ -1,6 +1,7 @@
-"""The learned functions: velocity networks ``net(x, t, y=None) -> like x``; importing this registers them all."""
+"""The learned functions: velocities ``net(x, t, y=None)``, plans ``net(x, z)``; importing this registers them all."""
 
 from gengrad.networks.mlp import MLP
+from gengrad.networks.plan import Plan
 from gengrad.networks.unet import UNet
 
-__all__ = ["MLP", "UNet"]
+__all__ = ["MLP", "Plan", "UNet"]

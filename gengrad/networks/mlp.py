@@ -15,6 +15,14 @@ from gengrad.registry import NETWORKS, Configured, Settings
 ACTIVATIONS = {"selu": nn.SELU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
+def perceptron(inputs: int, width: int, depth: int, outputs: int, activation: str) -> nn.Sequential:
+    """``depth`` hidden layers of ``width`` units, each followed by the activation, and a linear layer."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise([inputs] + [width] * depth):
+        layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
 @NETWORKS.register("mlp")
 class MLP(nn.Module, Configured):
     """``net(x, t)``: ``depth`` hidden layers of ``width`` units on the concatenation of the flattened x and t.
@@ -32,11 +40,7 @@ class MLP(nn.Module, Configured):
         Configured.__init__(self, config, **settings)
         self.event_shape = tuple(event_shape)
         size, c = prod(event_shape), self.config
-        widths = [size + 1] + [c.width] * c.depth
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), ACTIVATIONS[c.activation]()]
-        self.layers = nn.Sequential(*layers, nn.Linear(c.width, size))
+        self.layers = perceptron(size + 1, c.width, c.depth, size, c.activation)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if y is not None:

@@ -224,6 +224,9 @@ def _fit_stage(
     stage: Stage, flow: Flow, settings: TrainSettings, run: Run, found: Checkpoint | None, interrupts: Interrupts
 ) -> bool:
     """Trains one stage to its end and commits it; False when a signal ended it first (after a save)."""
+    if not stage.networks:  # nothing to learn, as for particles alone
+        _end_stage(stage, {}, flow, run)
+        return True
     fitter, progress, tracker = _Fitter(stage, settings, run), run.progress, run.tracker
     if found is not None and found.shared["fitter"] is not None:
         fitter.load(found.shared["fitter"])
@@ -252,12 +255,17 @@ def _fit_stage(
         due = settings.preview_every and progress.step % settings.preview_every == 0
         if run.preview and due and run.accelerator.is_main_process:
             _with_current(fitter, flow, run.preview, progress)
-    _attach(stage, flow, fitter.ema.networks)
-    run.progress = Progress(progress.stage + 1, 0, progress.total, 0, progress.skipped)
-    run.accelerator.free_memory()  # it holds every network it has prepared, and a method may have many stages
-    _commit(None, flow, run)
+    _end_stage(stage, fitter.ema.networks, flow, run)
     tracker.finish()
     return True
+
+
+def _end_stage(stage: Stage, networks: dict[str, nn.Module], flow: Flow, run: Run) -> None:
+    """Adds what the stage leaves to the flow and commits both."""
+    _attach(stage, flow, networks)
+    run.progress = Progress(run.progress.stage + 1, 0, run.progress.total, 0, run.progress.skipped)
+    run.accelerator.free_memory()  # it holds every network it has prepared, and a method may have many stages
+    _commit(None, flow, run)
 
 
 def _count_skip(fitter: _Fitter, flow: Flow, run: Run) -> None:

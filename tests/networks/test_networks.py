@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from gengrad.networks import MLP, UNet
+from gengrad.networks import MLP, Plan, UNet
 from gengrad.registry import NETWORKS, settings_of
 
 SHAPES = {"mlp": [(2,), (5,), (1, 4, 4)], "unet": [(1, 8, 8), (3, 28, 28)]}
-CASES = [(name, shape) for name in NETWORKS for shape in SHAPES[name]]
+CASES = [(name, shape) for name in SHAPES for shape in SHAPES[name]]
+
+
+def test_every_velocity_network_is_tested_here():
+    assert set(SHAPES) == {name for name in NETWORKS if getattr(NETWORKS.get(name), "role", "velocity") == "velocity"}
 
 
 def make(name, shape):
@@ -74,3 +78,36 @@ def test_networks_without_classes_refuse_labels():
     for network, shape in ((MLP(event_shape=(2,)), (2,)), (UNet(event_shape=(1, 8, 8)), (1, 8, 8))):
         with pytest.raises(ValueError, match="no class labels"):
             network(torch.randn(1, *shape), torch.rand(1), torch.zeros(1, dtype=torch.long))
+
+
+def test_a_plan_is_small_but_not_zero_at_the_start_and_sees_its_latent():
+    torch.manual_seed(0)
+    plan = Plan(event_shape=(1, 3, 3), latent=4, width=16)
+    x, z = torch.zeros(50, 1, 3, 3), torch.randn(50, 4)
+    moved = plan(x, z)
+    assert moved.shape == x.shape
+    assert moved.std(0).min() > 0 and moved.abs().max() < 0.1
+    with pytest.raises(ValueError, match="latent of shape"):
+        plan(x, z[:, :2])
+
+
+def test_a_plan_is_rebuilt_from_its_settings_and_its_samples_do_not_see_one_another():
+    plan = Plan(event_shape=(2,), width=16, start=1.0)
+    again = NETWORKS.build(settings_of(plan), event_shape=(2,))
+    again.load_state_dict(plan.state_dict())
+    x, z = torch.randn(5, 2), torch.randn(5, 2)
+    alone = torch.cat([again(x[i : i + 1], z[i : i + 1]) for i in range(5)])
+    assert torch.allclose(plan(x, z), alone, atol=1e-6)  # fp32, values of size one
+
+
+def test_a_plan_makes_a_sphere_of_an_atom_and_a_dilation_by_its_linear_part_alone():
+    plan = Plan(event_shape=(3,))
+    with torch.no_grad():
+        for parameter in plan.parameters():
+            parameter.zero_()
+        plan.linear.weight[:, 6:] = 0.7 * torch.eye(3)
+        z = torch.randn(20, 3)
+        assert torch.allclose(plan(torch.zeros(20, 3), z).norm(dim=1), torch.full((20,), 0.7))
+        plan.linear.weight[:, 6:] = 0
+        plan.linear.weight[:, :3] = 0.2 * torch.eye(3)
+        assert torch.allclose(z + plan(z, torch.randn(20, 3)), 1.2 * z)

@@ -24,7 +24,7 @@ from gengrad.registry import FUNCTIONALS, Settings
 class DescentSettings(Settings):
     """What descends, from where to where in flow time."""
 
-    functional: dict[str, Any] = {"name": "riesz_mmd", "r": 1.0}
+    functional: dict[str, Any] = Field({"name": "riesz_mmd", "r": 1.0}, validate_default=True)
     towards: Literal["data", "nothing"] = "data"  # nothing: the interaction energy alone, the data are its closed form
     tau: float = Field(0.1, gt=0)  # length of one step in flow time
     flow_steps: int = Field(12, ge=1)  # how many steps

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import gengrad
-from gengrad import pictures, plotting
+from gengrad import pictures, plotting, proxy
 from gengrad.config import ConfigError, RunConfig, deciding
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
@@ -290,6 +290,9 @@ def _glimpse(flow: Flow, target: Distribution, config: RunConfig, step: int, tra
     """A picture in the middle of the training, which a picture that fails must not end."""
     try:
         preview(flow, target, config, step)
+        if target.is_image and getattr(target, "held_out_labels", None) is not None:
+            rows = proxy.note(Path(config.general.out), flow, target, config.evaluate.nfe[0], step)
+            plotting.save(plotting.loss_curve(rows, proxy.NAME), Path(config.general.out) / "pictures" / "proxy.png")
     except (OSError, RuntimeError, ValueError) as error:
         tracker.say(f"no picture at step {step:,}: {error}")
 

@@ -78,7 +78,8 @@ class PhasedTransport(Transport):
     ) -> Iterator[Tensor]:
         first, rest = self.split(nfe)
         end = self.until if rest or self.second is None else 1.0
-        for x in integrate(conditioned(self.network, condition), x, 0.0, end, first, "euler"):  # noqa: B020
+        for state in integrate(conditioned(self.network, condition), x, 0.0, end, first, "euler"):
+            x = state
             yield x
         if rest:
             yield from self._straight(x, self.tau(x), rest, condition)

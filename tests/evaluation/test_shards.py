@@ -12,6 +12,7 @@ import yaml
 
 import gengrad
 from gengrad.cli import main
+from gengrad.data import Digits
 from gengrad.data.images import as_bytes
 from gengrad.evaluation import shards as module
 from gengrad.evaluation.features import IdentityFeatures
@@ -132,3 +133,18 @@ def test_two_processes_evaluate_together(run, tmp_path):
     assert main(words) == 0
     alone = json.loads((run / "metrics.json").read_text())["results"][0]["FD-pixels"]["mean"]
     assert together == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_curve_of_the_score_is_drawn_while_it_trains(run, tmp_path, monkeypatch):
+    from gengrad import proxy
+    from gengrad.evaluation import classifier
+
+    monkeypatch.setattr(classifier, "steps_for", lambda n: 20)
+    monkeypatch.setattr(proxy, "SAMPLES", 30)
+    out = tmp_path / "watched"
+    assert main(["train", str(run.parent / "run.yaml"), f"out={out}", "train.preview_every=2"]) == 0
+    rows = [json.loads(line) for line in (out / "proxy.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 7]  # of 4 + 1 + 4 steps: in the first stage and in the third
+    assert all(row["FD-classifier"] > 0 for row in rows) and (out / "pictures" / "proxy.png").exists()
+    again = proxy.note(out, gengrad.load(out), Digits(), 2, 7)  # as after a kill
+    assert [row["step"] for row in again] == [2, 7] and again[0] == rows[0]

@@ -214,7 +214,7 @@ def test_a_run_of_two_stages_resumes_in_either_and_repeats_none(small, tmp_path,
         def stages(self, problem, flow):
             for number in range(2):
                 assert len(flow.transports) >= number
-                stage = Noting(problem, "independent")
+                stage = Noting(problem, self.config)
                 stage.name = f"part_{number}"
                 yield stage
 

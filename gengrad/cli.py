@@ -291,11 +291,12 @@ def doctor(given) -> int:
     import torch
 
     print(f"gengrad {gengrad.__version__}, Python {sys.version.split()[0]}, {sys.platform}")
-    for name in ("torch", "torchvision", "accelerate", "numpy", "scipy", "sklearn", "ot", "numba"):
+    packages = "torch torchvision accelerate torchmetrics torch_fidelity numpy scipy sklearn ot numba"
+    for name in packages.split():
         try:
-            print(f"  {name:12s} {getattr(importlib.import_module(name), '__version__', 'installed')}")
+            print(f"  {name:14s} {getattr(importlib.import_module(name), '__version__', 'installed')}")
         except ImportError as error:
-            print(f"  {name:12s} missing ({error})")
+            print(f"  {name:14s} missing ({error})")
     cuda = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
     print(f"  CUDA devices {cuda}\n  CPU threads  {torch.get_num_threads()}")
     return 0

@@ -141,6 +141,14 @@ def test_a_run_starts_from_another_ones_weights_on_other_classes(with_classes, t
     assert [c for c, w in enumerate(after.class_weights) if w] == [5, 6, 7, 8, 9]
 
 
+def test_classes_train_in_bf16_with_channels_last(with_classes, tmp_path):
+    change = ["train.precision=bf16", "network.channels_last=true", "method.shared_network=true", "train.steps=3"]
+    assert main(["train", str(with_classes / "run.yaml"), *change, f"out={tmp_path / 'bf16'}"]) == 0
+    flow = gengrad.load(tmp_path / "bf16")
+    assert flow.sample(3, 3, label=2, guidance=1.5).isfinite().all()
+    assert all(p.dtype == torch.float32 for p in flow.parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -113,6 +113,17 @@ def test_some_labels_are_forgotten_and_the_draw_does_not_depend_on_the_sharing_o
         assert torch.equal(torch.cat([c.x for c in cut]), whole.x)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("way", ["processes", "pieces"])
+def test_the_mean_over_processes_or_pieces_is_the_loss_of_one(shared, way):
+    for stage in stages_of(problem(), shared_network=shared):
+        def loss(*place, stage=stage):
+            return stage.objective(stage.networks, Part(3, 32, *place), generator_for(0, "test"))[0]
+
+        cut = [loss(k, 2) if way == "processes" else loss(0, 1, k, 2) for k in range(2)]
+        assert torch.allclose(torch.stack(cut).mean(), loss(), rtol=1e-5), stage.name
+
+
 def test_targets_of_another_number_cannot_give_their_classes():
     assert "one to one" in NSGFPlusPlus(ot_batch=64, target_batch=32).refusals(10)[0]
     assert NSGFPlusPlus(ot_batch=64, target_batch=32).refusals(None) == []

@@ -6,6 +6,7 @@ The public names, imported when they are first used:
 - ``train(config)``: one training run from a ``RunConfig`` (``load_config(path, overrides)`` makes one)
 - ``sinkhorn``, ``sinkhorn_velocity``, ``sinkhorn_divergence``: the optimal transport below it all
 - ``SinkhornDivergence``, ``EnergyDistance``, ``RieszMMD``: functionals; ``particle_flow``: the flow that descends them
+- ``PotentialEnergy``, ``InteractionEnergy``, ``Entropy``, ``PowerEntropy``, ``KL``, ``Density``: energies
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ _PUBLIC = {
     "sinkhorn_velocity": "gengrad.ot",
     "sinkhorn_divergence": "gengrad.ot",
     "SinkhornDivergence": "gengrad.functionals.divergence",
+    "PotentialEnergy": "gengrad.functionals",
+    "InteractionEnergy": "gengrad.functionals",
+    "Entropy": "gengrad.functionals",
+    "PowerEntropy": "gengrad.functionals",
+    "KL": "gengrad.functionals",
+    "Density": "gengrad.functionals",
     "EnergyDistance": "gengrad.functionals.riesz",
     "RieszMMD": "gengrad.functionals.riesz",
     "particle_flow": "gengrad.flows.particles",

@@ -224,6 +224,15 @@ def evaluate(given) -> int:
     chosen = {key: settings[key] if value is None else value for key, value in asked.items()}
     sampling.writable_folder(Path(given.run))
     target = sampling.target_of(flow)
+    along = sampling.judge_along(flow, Path(given.run), n=chosen["n"], seed=chosen["seed"])
+    if along is not None:
+        print(along["table"])
+        for part in ("end", "samples"):
+            if along.get(part):
+                print("  ".join(f"{key.replace('_', ' ')} {value:.5g}" for key, value in along[part].items()))
+        print(f"written: {Path(given.run) / 'steps.json'}, energy.png, density.png")
+    if not target.has_samples:
+        return 0
     flow.check_class(None, given.guidance)
     if flow.is_image:
         asked = {key: getattr(given, key) for key in ("reference", "inception", "guidance", "solver")}

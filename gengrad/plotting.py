@@ -222,6 +222,11 @@ def trajectory_gif(
         frames = [image_grid(x[:64], columns=8, scale=max(1, 320 // (8 * x.shape[-1]))) for x in path]
     else:
         frames = _moving_dots(path, target, per_step=max(1, 40 // max(steps, 1)))
+    return write_gif(frames, file, seconds, hold)
+
+
+def write_gif(frames: Sequence[Image], file: str | Path, seconds: float, hold: float) -> Path:
+    """Writes the frames as an endless GIF of ``seconds``, the last one staying for ``hold`` more; returns its path."""
     shown = [frame.convert("RGB").quantize(32, dither=0) for frame in frames]
     pause = max(20, round(1000 * seconds / len(shown)))
     pauses = [4 * pause if len(shown) > 2 else pause] + [pause] * (len(shown) - 2) + [round(1000 * hold)]

@@ -162,8 +162,15 @@ def _check(config: RunConfig, method: Method, source: Distribution, target: Dist
             f"network {config.network['name']!r} does not fit method {method.name!r}, which learns a "
             f"{method.network_role}: take network.name={' or '.join(fitting)}"
         )
-    some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
-    if (some == some[0]).all():
+    if min(config.evaluate.nfe) < method.least_nfe():
+        problems.append(
+            f"evaluate.nfe={config.evaluate.nfe}: a sample of this method takes {method.least_nfe()} network "
+            f"evaluations, one for each of its transports; give evaluate.nfe=[{method.least_nfe()}]"
+        )
+    some = None
+    if target.has_samples:
+        some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
+    if some is not None and (some == some[0]).all():
         problems.append(f"data {config.data['name']!r}: all points are identical; there is no distribution to learn")
     if problems:
         raise ConfigError("\n".join(["the config does not fit; nothing was started.", *(f"  {p}" for p in problems)]))
@@ -281,9 +288,9 @@ def preview(flow: Flow, target: Distribution, config: RunConfig, step: int | Non
     return folder / f"{name}.png"
 
 
-def _truth(target: Distribution) -> Tensor:
-    """Points of the target to draw beside the samples, in the samples' units."""
-    return target.restore(target.sample(2000, generator_for(0, "preview")))
+def _truth(target: Distribution) -> Tensor | None:
+    """Points of the target to draw beside the samples, in the samples' units, where it has any."""
+    return None if not target.has_samples else target.restore(target.sample(2000, generator_for(0, "preview")))
 
 
 def _glimpse(flow: Flow, target: Distribution, config: RunConfig, step: int, tracker: Tracker) -> None:
@@ -318,7 +325,7 @@ def _farewell(
         return
     picture = preview(flow, target, config)
     rows = read_metrics(out) if (Path(out) / "metrics.jsonl").exists() else []  # nothing was learned
-    if rows:
+    if any("loss" in row for row in rows):
         plotting.save(plotting.loss_curve(rows), Path(out) / "pictures" / "loss.png")
     truth = None if target.is_image else _truth(target)
     if target.is_image:

@@ -216,6 +216,44 @@ def _image_reference(
     }, truth, floor
 
 
+def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
+    """Judges a flow of recorded steps after each of them; writes ``steps.json``, ``steps.md`` and pictures.
+
+    Energies beside the closed form where there is one, densities beside the truth or the target, and what the data say
+    of the samples. Returns the report, None for a flow without recorded steps.
+    """
+    from gengrad import density_plots
+    from gengrad.evaluation.steps import forward_densities, judge_end, judge_steps, steps_table
+    from gengrad.evaluation.truth import truth_of_flow
+
+    if not len(flow.transports) or not all(getattr(t, "record", None) for t in flow.transports):
+        return None
+    config, report = flow.info["config"], {}
+    rows = [t.record for t in flow.transports if "step" in t.record]
+    method, known = config["method"], hasattr(flow.source, "log_density")
+    target = target_of(flow)
+    if known:
+        truth = truth_of_flow(method, flow.source)
+        rows = judge_steps(flow, truth, n=n, seed=seed)
+        law = truth.law if truth else (lambda k: target) if hasattr(target, "mixture") else None
+        ends = [0, *(k + 1 for k, t in enumerate(flow.transports) if "step" in t.record)]
+        states = [state for k, state in enumerate(forward_densities(flow, min(n, 4000), seed)) if k in ends]
+        times = [0.0] + [row["time"] for row in rows]
+        chosen = sorted({round(share * len(rows) / 4) for share in range(5)})
+        plotting.save(density_plots.density_figure(states, law, times, chosen), folder / "density.png")
+        if len(flow.event_shape) == 1 and flow.event_shape[0] <= 2:
+            density_plots.density_gif(states, law, times, folder / "density.gif")
+        if target.has_samples and hasattr(target, "log_density"):
+            report["end"] = judge_end(flow, target, n=n, seed=seed)
+    plotting.save(density_plots.energy_figure(rows), folder / "energy.png")
+    report["samples"] = target.score_samples(flow.sample(n, seed=seed))
+    table = steps_table(rows)
+    write_atomically(folder / "steps.md", (table + "\n").encode())
+    report = {**report, "steps": rows, "table": table}
+    write_json(folder / "steps.json", report)
+    return report
+
+
 def write_report(report: dict, folder: Path, name: str) -> str:
     """Writes ``NAME.json`` and ``NAME.md``, and ``NAME.png`` for several NFE, into ``folder``; returns the table."""
     table = format_table(report["table"])

@@ -16,13 +16,26 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_config_says_what_it_does_and_trains_two_steps(path, tmp_path):
     assert path.read_text().startswith("# ")
-    keys = ("ot_batch", "target_batch", "pool", "particles")
-    sizes = [f"method.{key}=32" for key in keys if isinstance(load_config(path).method.get(key), int)]
+    small = {"ot_batch": 32, "target_batch": 32, "pool": 32, "particles": 32, "cloud": 128, "jko_steps": 2}
+    config = load_config(path)
+    method = config.method
+    sizes = [f"method.{key}={value}" for key, value in small.items() if isinstance(method.get(key), int)]
     run = [f"out={tmp_path / 'run'}", "train.steps=2", "train.batch_size=16", "train.warmup=0", *sizes]
-    run += small_images(load_config(path), tmp_path)
+    run += small_images(config, tmp_path) + small_flow(config, tmp_path)
     assert main(["train", str(path), *run]) == 0
     flow = gengrad.load(tmp_path / "run")
     assert flow.sample(2, nfe=max(4, len(flow.transports))).isfinite().all()
+
+
+def small_flow(config: RunConfig, folder: Path) -> list[str]:
+    """Overrides for flows of implicit steps: as many evaluations as steps, one observation, a table of forty rows."""
+    run = ["evaluate.nfe=[4]"] if "jko_steps" in config.method else []
+    if "observations" in config.method:
+        run.append("method.observations=[[0.1,0.5]]")
+    if config.data["name"] == "logistic_posterior":
+        (folder / "table.csv").write_text("\n".join(f"{k % 7},{(3 * k) % 5},{k % 2}" for k in range(40)))
+        run.append(f"data.path={folder / 'table.csv'}")
+    return run
 
 
 def small_images(config: RunConfig, folder: Path) -> list[str]:

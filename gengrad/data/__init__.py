@@ -9,7 +9,10 @@ from gengrad.data.gaussians import Gaussian, GaussianMixture, StandardNormal, Un
 from gengrad.data.image_density import ImageDensity
 from gengrad.data.image_folder import ImageFolder
 from gengrad.data.images import CIFAR10, MNIST, FashionMNIST, ImageArray
+from gengrad.data.posterior import LogisticPosterior
+from gengrad.data.profiles import Ball, Barenblatt, Semicircle
 from gengrad.data.riesz_profile import RieszProfile
+from gengrad.data.space import Space
 from gengrad.data.toy2d import (
     Checkerboard,
     EightGaussians,
@@ -24,6 +27,8 @@ __all__ = [
     "CIFAR10",
     "MNIST",
     "Array",
+    "Ball",
+    "Barenblatt",
     "Checkerboard",
     "Digits",
     "Diracs",
@@ -37,9 +42,12 @@ __all__ = [
     "ImageDensity",
     "ImageFolder",
     "Keyed",
+    "LogisticPosterior",
     "Moons",
     "Pinwheel",
     "RieszProfile",
+    "Semicircle",
+    "Space",
     "StandardNormal",
     "Stream",
     "SwissRoll",

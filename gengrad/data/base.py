@@ -22,6 +22,7 @@ class Distribution(Configured, ABC):
     """
 
     takes_event_shape: ClassVar[bool] = False
+    has_samples: ClassVar[bool] = True  # false for a target that is known by its density, or by a functional, alone
     event_shape: tuple[int, ...]
     # centres (k, d) of the modes, the share (k,) of mass each holds (None: equal shares), and the radius
     # within which a sample counts as belonging to one; modes None: it has none
@@ -56,6 +57,14 @@ class Distribution(Configured, ABC):
     def restore(self, x: Tensor) -> Tensor:
         """Events in the units that the user gave: m + s x."""
         return x if self.units is None else self.units[0].to(x) + self.units[1] * x
+
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean (d,) and covariance (d, d), float64, where a Gaussian; pools of particles are made to have them."""
+        return None
+
+    def score_samples(self, x: Tensor) -> dict[str, float]:
+        """Figures of merit of samples x (n, *event) that only these data can tell; none by default."""
+        return {}
 
     @property
     def is_image(self) -> bool:

@@ -109,6 +109,9 @@ class Gaussian(Distribution):
         """-|L^{-1}(x - m)|^2 / 2 - log sqrt(det 2 pi S), (n, d) -> (n,)."""
         return self._mixture.log_density(x)
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return self.mean, self.covariance
+
 
 @DATASETS.register("gaussian_mixture")
 class GaussianMixture(Distribution):
@@ -183,6 +186,10 @@ class StandardNormal(Distribution):
         """-|x|^2 / 2 - (d/2) log 2 pi, (n, *event) -> (n,)."""
         x = x.flatten(1)
         return -0.5 * x.square().sum(1) - 0.5 * x.shape[1] * math.log(2 * math.pi)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        d = math.prod(self.event_shape)
+        return torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
 
 
 @DATASETS.register("uniform")

@@ -2,12 +2,16 @@
 
 from gengrad.flows.cloud import RieszCloud
 from gengrad.flows.flow import Flow, Samples, load
+from gengrad.flows.gradient import GradientTransport
+from gengrad.flows.monotone import MonotoneTransport
 from gengrad.flows.particles import ParticleFlow, particle_flow
 from gengrad.flows.phased import PhasedTransport
 from gengrad.flows.transports import PlanTransport, Transport, VelocityTransport
 
 __all__ = [
     "Flow",
+    "GradientTransport",
+    "MonotoneTransport",
     "ParticleFlow",
     "PhasedTransport",
     "PlanTransport",

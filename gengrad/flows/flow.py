@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -102,12 +104,14 @@ class Flow(nn.Module):
         solver: str | None = None,
         label: int | None = None,
         guidance: float = 1.0,
+        step: int | None = None,
     ) -> Samples:
         """Samples number ``first`` .. ``first + n - 1`` of the sequence keyed by ``seed``, and their counted cost.
 
         Sample i starts from the same source point whatever ``n``, ``first`` and ``chunk`` are, so that it comes out
-        the same up to the rounding of differently shaped matrix products. When a GPU's memory runs out the chunk is
-        halved and the work goes on. Raises ``ValueError`` for n < 1 or an nfe that the transports cannot spend.
+        the same up to the rounding of differently shaped matrix products. ``step``: after that many of the flow's
+        transports, not all. When a GPU's memory runs out the chunk is halved and the work goes on. Raises
+        ``ValueError`` for n < 1 or an nfe that the transports cannot spend.
 
         A flow with classes gives sample i a class drawn like those of the data, or ``label`` to all; ``guidance`` above
         1 pulls towards it at twice the evaluations. Raises ``ValueError`` for either where there are no classes.
@@ -116,7 +120,7 @@ class Flow(nn.Module):
         y = self._labels(first, first + n, seed, label, guidance)
         started, parts, position = time.perf_counter(), [], first
         with self._solved_by(solver), self._counting() as counted:
-            budget = self.allocate(nfe)
+            budget = self.allocate(nfe)[: self._steps(step)]
             while position < first + n:
                 stop = min(position + chunk, first + n)
                 some = None if y is None else Condition(y[position - first : stop - first].to(self.device), guidance)
@@ -277,6 +281,63 @@ class Flow(nn.Module):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    # ---------------------------------------------------------------- densities
+
+    def log_density(self, x: Tensor, step: int | None = None, chunk: int = 4096) -> Tensor:
+        """log density at x (n, *event) -> (n,) float64, after ``step`` of the transports (default: all).
+
+        log rho_k(x) = log rho_0(x_0) - sum_j log det DT_j(x_{j-1}), x_0 .. x_k = x the way back, in float64.
+        Raises ``ValueError`` where the source or a transport has no density.
+        """
+        self._needs_densities(self._steps(step))
+        if not hasattr(self.source, "log_density"):
+            raise ValueError(f"the source {self.source.name!r} has no log density, so the flow has none")
+        return torch.cat([self._log_density(part, step) for part in x.split(chunk)])
+
+    def to_source(self, x: Tensor, step: int | None = None, chunk: int = 4096) -> Tensor:
+        """The source points (n, *event), float64, that the first ``step`` transports carry to x; round trip 1e-6.
+
+        Raises ``ValueError`` where a transport has no inverse, or a point lies where the inverse is not found.
+        """
+        self._needs_densities(self._steps(step))
+        return torch.cat([self._way_back(part, step)[-1] for part in x.split(chunk)])
+
+    @torch.no_grad()
+    def _log_density(self, x: Tensor, step: int | None) -> Tensor:
+        way = self._way_back(x, step)
+        log_rho = self.source.log_density(way[-1].cpu()).to(way[-1])
+        for transport, before in zip(self._doubles(step), reversed(way[1:])):
+            log_rho = log_rho - transport.log_det(before)
+        volume = 0.0 if self.units is None else x[0].numel() * math.log(self.units[1])
+        return (log_rho - volume).cpu()
+
+    @torch.no_grad()
+    def _way_back(self, x: Tensor, step: int | None) -> list[Tensor]:
+        """x and the points before it, the source's last, without the units."""
+        x = x.to(self.device, torch.float64)
+        way = [x if self.units is None else (x - self.units[0].to(x)) / self.units[1]]
+        for transport in reversed(self._doubles(step)):
+            way.append(transport.inverse(way[-1]))
+        return way
+
+    def _doubles(self, step: int | None) -> list[Transport]:
+        """The first transports in float64."""
+        return [copy.deepcopy(transport).double() for transport in self.transports[: self._steps(step)]]
+
+    def _needs_densities(self, steps: int) -> None:
+        for number, transport in enumerate(self.transports[:steps]):
+            if not transport.has_density:
+                raise ValueError(
+                    f"this flow has no densities: its transport {number + 1} is a {transport.kind!r}, which has no "
+                    "log det here; the flows of method jko_icnn have them"
+                )
+
+    def _steps(self, step: int | None) -> int:
+        count = len(self.transports)
+        if step is not None and not 0 <= step <= count:
+            raise ValueError(f"step={step} is not between 0 and the flow's {count} transports")
+        return count if step is None else step
 
     # ---------------------------------------------------------------- saving
 

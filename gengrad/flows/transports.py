@@ -51,6 +51,7 @@ class Transport(nn.Module, ABC):
     """
 
     kind: str  # its name in flow.json
+    has_density = False  # whether it has ``log_det`` and ``inverse``, so that densities can be carried along
 
     @abstractmethod
     def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
@@ -78,6 +79,14 @@ class Transport(nn.Module, ABC):
     @abstractmethod
     def cost(self, nfe: int | None = None) -> int:
         """Network evaluations per sample that ``push(..., nfe=nfe)`` spends; raises ``ValueError`` if it cannot."""
+
+    def log_det(self, x: Tensor) -> Tensor:
+        """log |det D push| at x (n, *event) -> (n,), where ``has_density``."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The x with push(x) = y, where ``has_density``."""
+        raise NotImplementedError
 
     @abstractmethod
     def describe(self) -> dict:

@@ -1,7 +1,25 @@
-"""WHAT is descended: functionals of a particle cloud and their velocities; importing this registers them all."""
+"""WHAT is descended: functionals of a measure and their velocities; importing this registers them all."""
 
-from gengrad.functionals.base import Functional
+from gengrad.functionals.base import Density, Functional, Sum
 from gengrad.functionals.divergence import SinkhornDivergence
+from gengrad.functionals.expression import Expression, build_expression
+from gengrad.functionals.interaction import InteractionEnergy
+from gengrad.functionals.internal import KL, Entropy, PowerEntropy
+from gengrad.functionals.potential import PotentialEnergy
 from gengrad.functionals.riesz import EnergyDistance, RieszMMD
 
-__all__ = ["EnergyDistance", "Functional", "RieszMMD", "SinkhornDivergence"]
+__all__ = [
+    "KL",
+    "Density",
+    "EnergyDistance",
+    "Entropy",
+    "Expression",
+    "Functional",
+    "InteractionEnergy",
+    "PotentialEnergy",
+    "PowerEntropy",
+    "RieszMMD",
+    "SinkhornDivergence",
+    "Sum",
+    "build_expression",
+]

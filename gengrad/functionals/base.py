@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,21 +12,34 @@ from torch import Tensor
 from gengrad.registry import Configured
 
 
+@dataclass(frozen=True)
+class Density:
+    """The density at the particles: ``log`` rho (n,), and its gradient, the ``score`` (n, *event), where known."""
+
+    log: Tensor
+    score: Tensor | None = None
+
+
 class Functional(Configured, ABC):
     """A functional F of a measure, evaluated on the empirical measure of particles x (n, *event).
 
     ``F(x)`` is a scalar; duplicating all particles leaves it unchanged. ``F.velocity(x)`` is minus the Wasserstein
     gradient at the particles: v_i = -n dF/dx_i. Functionals add and scale: ``0.5 * F + G``.
+
+    Where ``needs_density`` is true, value and velocity also take the particles' ``density``. After a map T with
+    y = T(x), log rho(y) = log rho(x) - log det DT(x): with that log density, the derivative of ``value`` in the map is
+    the one of the change of variables, -E[(f'(r) - f(r)/r) d log det DT] for an internal energy.
     """
 
     needs_density = False  # true for entropies and their like, which no empirical measure has
+    takes: ClassVar[Literal["nothing", "samples", "density"]] = "samples"  # of a target, as its first argument
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
         """F of the particles, a scalar tensor, differentiable in x."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.value(x)
+    def __call__(self, x: Tensor, density: Density | None = None) -> Tensor:
+        return self.value(x, density) if self.needs_density else self.value(x)
 
     def of_draws(self, x: Tensor) -> Tensor:
         """F, up to a constant, estimated from independent draws x: a subclass with pairs leaves out the pairs i = k."""
@@ -60,25 +75,34 @@ class Functional(Configured, ABC):
 class Sum(Functional):
     """F(x) = sum_k w_k F_k(x) with the velocities summed likewise; what ``a * F + b * G`` returns."""
 
+    takes = "nothing"
+
     def __init__(self, terms: list[tuple[float, Functional]]):
         super().__init__()
         self.terms = terms
         self.needs_density = any(term.needs_density for _, term in terms)
 
-    def value(self, x: Tensor) -> Tensor:
-        return torch.stack([weight * term.value(x) for weight, term in self.terms]).sum()
+    def value(self, x: Tensor, density: Density | None = None) -> Tensor:
+        return torch.stack([weight * term(x, density) for weight, term in self.terms]).sum()
 
     def of_draws(self, x: Tensor) -> Tensor:
         return torch.stack([weight * term.of_draws(x) for weight, term in self.terms]).sum()
 
-    def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
+    def velocity(self, x: Tensor, memory: dict | None = None, density: Density | None = None) -> Tensor:
         memory = {} if memory is None else memory
         if len(memory.get("terms", ())) != len(self.terms):  # the first step, or another sum than before
             memory["terms"] = [{} for _ in self.terms]
         parts = memory["terms"]
-        total = sum(w * term.velocity(x, part) for (w, term), part in zip(self.terms, parts))
+        total = sum(w * velocity_of(term, x, part, density) for (w, term), part in zip(self.terms, parts))
         memory["log"] = {key: value for part in parts for key, value in part.get("log", {}).items()}
         return total
+
+
+def velocity_of(functional: Functional, x: Tensor, memory: dict | None, density: Density | None) -> Tensor:
+    """The functional's velocity, with the density for those that need it."""
+    if functional.needs_density:
+        return functional.velocity(x, memory, density)
+    return functional.velocity(x, memory)
 
 
 def _terms(functional: Functional) -> list[tuple[float, Functional]]:

@@ -34,16 +34,17 @@ class SinkhornDivergence(Functional):
         self.target = target.flatten(1)
 
     def value(self, x: Tensor) -> Tensor:
-        c = self.config
-        return sinkhorn_divergence(x.flatten(1), self.target, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol)
+        c, target = self.config, self.target.to(x)
+        return sinkhorn_divergence(x.flatten(1), target, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol)
 
     def velocity(self, x: Tensor, memory: dict | None = None) -> Tensor:
         c, memory = self.config, {} if memory is None else memory
         before = memory.get("sinkhorn")
         if before is not None and len(before.g) != len(self.target):
             before = None  # the caller changed to a target batch of another size
+        target = self.target.to(x)
         result = sinkhorn_velocity(
-            x.flatten(1), self.target, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol, warm_start=before
+            x.flatten(1), target, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol, warm_start=before
         )
         memory["sinkhorn"] = result
         memory["log"] = sinkhorn_log(result)

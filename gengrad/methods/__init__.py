@@ -2,6 +2,8 @@
 
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.flow_matching import FlowMatching
+from gengrad.methods.jko_filter import JKOFilter
+from gengrad.methods.jko_icnn import JKOICNN
 from gengrad.methods.nsgf import NSGF
 from gengrad.methods.nsgf_pp import NSGFPlusPlus
 from gengrad.methods.riesz_backward import RieszBackward
@@ -9,8 +11,10 @@ from gengrad.methods.riesz_forward import RieszForward
 from gengrad.methods.riesz_particles import RieszParticles
 
 __all__ = [
+    "JKOICNN",
     "NSGF",
     "FlowMatching",
+    "JKOFilter",
     "Method",
     "NSGFPlusPlus",
     "Part",

@@ -85,6 +85,10 @@ class Stage(ABC):
         """State beyond networks and step, by name: tensors and JSON values."""
         return {}
 
+    def summary(self) -> dict[str, float]:
+        """What is worth a line when the stage has ended, after its last ``transport``: numbers by name."""
+        return {}
+
     def load_state(self, state: dict) -> None:  # noqa: B027 - a stage without state has nothing to take back
         """Takes back what ``state`` gave."""
 
@@ -105,6 +109,10 @@ class Method(Configured, ABC):
     def objections(self, source: Distribution, target: Distribution) -> list[str]:
         """Why it cannot carry this source to this target; nothing is started where there is a reason."""
         return []
+
+    def least_nfe(self) -> int:
+        """The fewest network evaluations that a sample of its flow takes."""
+        return 1
 
     @abstractmethod
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:

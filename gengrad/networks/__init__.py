@@ -1,7 +1,8 @@
-"""The learned functions: velocities ``net(x, t, y=None)``, plans ``net(x, z)``; importing this registers them all."""
+"""The learned functions: velocities ``net(x, t, y=None)``, plans ``net(x, z)``, convex potentials; all registered."""
 
+from gengrad.networks.icnn import ICNN
 from gengrad.networks.mlp import MLP
 from gengrad.networks.plan import Plan
 from gengrad.networks.unet import UNet
 
-__all__ = ["MLP", "Plan", "UNet"]
+__all__ = ["ICNN", "MLP", "Plan", "UNet"]

@@ -1,7 +1,14 @@
 """Optimal transport, nothing learned: entropic (Sinkhorn), exact, and the closed forms of Gaussians."""
 
 from .exact import exact_assignment, exact_plan, wasserstein2
-from .gaussian import bures_map, gaussian_entropic_cost, gaussian_w2
+from .gaussian import (
+    bures_map,
+    gaussian_entropic_cost,
+    gaussian_jko_step,
+    gaussian_kl,
+    gaussian_w2,
+    ornstein_uhlenbeck,
+)
 from .riesz import RieszSums, choose_route, kernel_mean, riesz_sums
 from .sinkhorn import MAX_MEMORY, SinkhornResult, sinkhorn, sinkhorn_velocity
 from .sinkhorn_divergence import sinkhorn_divergence
@@ -17,8 +24,11 @@ __all__ = [
     "exact_assignment",
     "exact_plan",
     "gaussian_entropic_cost",
+    "gaussian_jko_step",
+    "gaussian_kl",
     "gaussian_w2",
     "kernel_mean",
+    "ornstein_uhlenbeck",
     "riesz_sums",
     "rotate_to_span",
     "sinkhorn",

@@ -60,3 +60,43 @@ def gaussian_entropic_cost(
     entropy = d * epsilon * (1 - torch.log(torch.as_tensor(2.0 * epsilon, dtype=cov_x.dtype)))
     logdet = torch.linalg.slogdet(big_d + epsilon * eye).logabsdet
     return ((mean_x - mean_y).square().sum(-1) + traces + entropy + epsilon * logdet) / 2
+
+
+def gaussian_kl(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> Tensor:
+    """KL(N_x | N_y) = (tr(S_y^{-1} S_x) - d - log det(S_y^{-1} S_x) + |m_x - m_y|^2_{S_y^{-1}}) / 2."""
+    ratio = torch.linalg.solve(cov_y, cov_x)
+    away = mean_x - mean_y
+    white = torch.linalg.solve(cov_y, away[..., None])[..., 0]
+    trace = ratio.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (trace - cov_x.shape[-1] - torch.linalg.slogdet(ratio).logabsdet + (away * white).sum(-1)) / 2
+
+
+def ornstein_uhlenbeck(
+    mean: Tensor, cov: Tensor, a: Tensor, b: Tensor, temperature: float, t: float
+) -> tuple[Tensor, Tensor]:
+    """(m_t, S_t) of dX = -A (X - b) dt + sqrt(2 temperature) dW from N(mean, cov); A (d, d) positive semidefinite.
+
+    m_t = b + e^{-At} (m - b), S_t = e^{-At} S e^{-At} + temperature A^{-1} (I - e^{-2At}); 2 temperature t I for A = 0.
+    """
+    values, vectors = torch.linalg.eigh((a + a.mT) / 2)
+    decay = (vectors * (-values * t).exp()) @ vectors.mT
+    # (1 - e^{-2 lambda t}) / lambda, 2 t where lambda is 0
+    small = values.abs() < 1e-12
+    gained = torch.where(small, 2 * t, -torch.expm1(-2 * values * t) / torch.where(small, 1.0, values))
+    return b + decay @ (mean - b), decay @ cov @ decay + temperature * (vectors * gained) @ vectors.mT
+
+
+def gaussian_jko_step(
+    mean: Tensor, cov: Tensor, a: Tensor, b: Tensor, temperature: float, tau: float
+) -> tuple[Tensor, Tensor]:
+    """The exact implicit step of F = E (x-b)'A(x-b)/2 + temperature Ent from N(mean, cov): (m', S').
+
+    M = I + tau A, c = tau temperature: m' = M^{-1}(m + tau A b), Q = M^{-1/2}(S + 2cM)M^{-1/2},
+    Z = (Q + (Q^2 - 4c^2 I)^{1/2}) / 2, S' = M^{-1/2} Z M^{-1/2}; whether S and A commute or not.
+    """
+    eye = torch.eye(len(mean), dtype=cov.dtype, device=cov.device)
+    m, c = eye + tau * a, tau * temperature
+    root = torch.linalg.inv(_root(m, "I + tau A"))
+    q = root @ (cov + 2 * c * m) @ root
+    z = (q + _root(q @ q - 4 * c**2 * eye, "Q^2 - 4 c^2 I")) / 2
+    return torch.linalg.solve(m, mean + tau * a @ b), root @ z @ root

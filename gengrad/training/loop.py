@@ -263,6 +263,9 @@ def _fit_stage(
 def _end_stage(stage: Stage, networks: dict[str, nn.Module], flow: Flow, run: Run) -> None:
     """Adds what the stage leaves to the flow and commits both."""
     _attach(stage, flow, networks)
+    if summary := stage.summary():
+        run.tracker.log({"stage": stage.name, "step": stage.steps, **summary})
+        run.tracker.say(f"{stage.name}  " + "  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
     run.progress = Progress(run.progress.stage + 1, 0, run.progress.total, 0, run.progress.skipped)
     run.accelerator.free_memory()  # it holds every network it has prepared, and a method may have many stages
     _commit(None, flow, run)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gengrad.data import FiniteData, generator_for
+from gengrad.data.profiles import Radial
 from gengrad.registry import DATASETS, settings_of
 
 
@@ -27,7 +28,7 @@ def builds_by_itself(name: str) -> bool:
     return name == "array" or not any(field.is_required() for field in fields)
 
 
-NAMES = [name for name in DATASETS if builds_by_itself(name)]
+NAMES = [name for name in DATASETS if builds_by_itself(name) and DATASETS.get(name).has_samples]
 FINITE = [name for name in NAMES if issubclass(DATASETS.get(name), FiniteData)]
 DENSITIES = [name for name in NAMES if hasattr(DATASETS.get(name), "log_density")]
 
@@ -96,7 +97,8 @@ def test_modes_hold_the_share_of_the_mass_that_they_claim(build, name):
         assert found == pytest.approx(weight, abs=5 * (weight * (1 - weight) / n) ** 0.5)
 
 
-@pytest.mark.parametrize("name", DENSITIES)
+# the radial profiles have an edge that no cell follows, and tests of their own
+@pytest.mark.parametrize("name", [name for name in DENSITIES if not issubclass(DATASETS.get(name), Radial)])
 def test_a_log_density_integrates_to_one_and_agrees_with_the_draws(build, name):
     """Cells of side 1 on [-8, 8]^2: masses by the midpoint rule, counts of draws against them by chi squared."""
     data, side, n = build(name), 40, 40_000

@@ -1,0 +1,133 @@
+"""Pictures of densities on their way, beside the truth, and of energies along a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gengrad.plotting import INK, PALE_INK, SAMPLES, SOURCE, TARGET, _figure, _flow_colours, _legend, _open, write_gif
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+State = tuple[Tensor, Tensor]  # points (n, d) and log rho (n,) at them
+Law = Callable[[int], object] | None  # step -> what has log_density(x) and sample(n, generator), or None
+
+
+def energy_figure(rows: Sequence[dict]) -> Figure:
+    """The energy over flow time, beside that of the exact implicit steps and of the continuous flow where known."""
+    figure, (left, right) = _figure(2, 9.0, 3.4)
+    time = [0.0] + [row["time"] for row in rows]
+    start = rows[0]["energy_before"]
+    for key, label, look in (
+        ("energy_exact", "continuous flow", {"color": TARGET, "linewidth": 5}),
+        ("energy_implicit", "exact implicit steps", {"color": SOURCE, "linestyle": "--", "linewidth": 2}),
+        ("energy", "learned", {"color": SAMPLES, "marker": "o", "markersize": 3.5, "linewidth": 1}),
+    ):
+        if all(key in row for row in rows):
+            left.plot(time, [start] + [row[key] for row in rows], label=label, **look)
+    _open(left, "flow time", "energy")
+    left.legend(frameon=False, fontsize=9, labelcolor=INK)
+    known = [row for row in rows if row.get("residual")]
+    if known:
+        right.semilogy([r["time"] for r in known], [r["residual"] for r in known], color=SAMPLES, marker="o", ms=3.5)
+    _open(right, "flow time", "relative optimality residual")
+    return figure
+
+
+def density_figure(states: Sequence[State], law: Law, times: Sequence[float], chosen: Sequence[int]) -> Figure:
+    """The density at the ``chosen`` steps beside the true one: curves on the line, colours and contours in the plane.
+
+    From d = 3 on it is a histogram of the first principal coordinate, beside draws of the law.
+    """
+    figure, panels = _figure(len(chosen), 2.9 * len(chosen), 3.3)
+    limits, top = _window([states[k][0] for k in chosen]), _top(states, chosen)
+    for axes, k in zip(panels, chosen):
+        truth = law(k) if law is not None else None
+        _panel(axes, states[k], truth, limits, top, k / max(len(states) - 1, 1))
+        axes.set_title(f"t = {times[k]:.3g}", fontsize=11, color=INK)
+    if states[0][0].shape[1] != 2:
+        _legend(figure, panels[-1], 2)
+    return figure
+
+
+def density_gif(states: Sequence[State], law: Law, times: Sequence[float], file: str | Path) -> Path:
+    """An animated GIF of the density, one frame a step."""
+    from PIL import Image
+
+    limits, top = _window([x for x, _ in states]), _top(states, range(len(states)))
+    frames = []
+    for k, state in enumerate(states):
+        figure, (axes,) = _figure(1, 2.6, 2.7)
+        _panel(axes, state, law(k) if law is not None else None, limits, top, k / max(len(states) - 1, 1))
+        axes.set_title(f"t = {times[k]:.3g}", fontsize=9, color=INK)
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+    return write_gif(frames, file, seconds=3.0, hold=1.5)
+
+
+def _window(clouds: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper corner (d,) of a box around the clouds, a few outliers aside."""
+    points = torch.cat([x[:2000] for x in clouds]).double()
+    low, high = (np.quantile(points.numpy(), q, axis=0) for q in (0.001, 0.999))
+    margin = 0.08 * (high - low) + 1e-6
+    return low - margin, high + margin
+
+
+def _top(states: Sequence[State], chosen: Sequence[int]) -> float | None:
+    """The largest density shown on the line, so that all panels share one scale; None elsewhere."""
+    if states[0][0].shape[1] != 1:
+        return None
+    # a quantile: a start that is nearly a point would flatten all the rest
+    return 1.15 * float(np.quantile([float(states[k][1].exp().quantile(0.99)) for k in chosen], 0.8))
+
+
+def _panel(axes: Axes, state: State, truth, limits, top: float | None, share: float) -> None:
+    x, log_rho = state
+    colour = _flow_colours()(share)
+    if x.shape[1] == 1:
+        order = x[:, 0].argsort()
+        if truth is not None:
+            grid = torch.linspace(float(limits[0][0]), float(limits[1][0]), 600, dtype=torch.float64)
+            axes.fill_between(grid, truth.log_density(grid[:, None]).exp(), color=TARGET, lw=0, label="truth")
+        axes.plot(x[order, 0], log_rho[order].exp(), color=colour, linewidth=1.8, label="learned")
+        axes.set(xlim=(limits[0][0], limits[1][0]), ylim=(0, top))
+        _open(axes, "", "")
+    elif x.shape[1] == 2:
+        _plane(axes, x, log_rho, truth, limits)
+    else:
+        _marginal(axes, x, truth, colour)
+
+
+def _plane(axes: Axes, x: Tensor, log_rho: Tensor, truth, limits) -> None:
+    """Density as colour on the triangles of the particles; contours of the truth over it."""
+    density = log_rho.exp().numpy()
+    axes.tripcolor(x[:, 0].numpy(), x[:, 1].numpy(), density, shading="gouraud", cmap="Blues", vmin=0,
+                   vmax=float(np.quantile(density, 0.995)))  # fmt: skip
+    if truth is not None:
+        lines = [np.linspace(limits[0][i], limits[1][i], 120) for i in range(2)]
+        grid = torch.from_numpy(np.stack(np.meshgrid(*lines), axis=-1).reshape(-1, 2))
+        values = truth.log_density(grid).exp().reshape(120, 120).numpy()
+        if values.max() > 0:
+            levels = values.max() * np.array([0.05, 0.25, 0.5, 0.75])
+            axes.contour(lines[0], lines[1], values, levels=levels, colors=[PALE_INK], linewidths=0.8)
+    axes.set(xlim=(limits[0][0], limits[1][0]), ylim=(limits[0][1], limits[1][1]), xticks=[], yticks=[], aspect="equal")
+    for spine in axes.spines.values():
+        spine.set(color="#D5D8DC", linewidth=0.8)
+
+
+def _marginal(axes: Axes, x: Tensor, truth, colour) -> None:
+    centred = x - x.mean(0)
+    axis = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -1]
+    if truth is not None:
+        y = truth.sample(20_000, torch.Generator().manual_seed(0)).double()
+        axes.hist((y @ axis).numpy(), bins=60, density=True, color=TARGET, label="truth")
+    axes.hist((x @ axis).numpy(), bins=60, density=True, histtype="step", color=colour, linewidth=1.6, label="learned")
+    _open(axes, "first principal coordinate", "")
+    axes.set_yticks([])

@@ -1,0 +1,105 @@
+"""A cloud of particles that knows its density: what a flow with log determinants carries from step to step."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gengrad.data.base import Distribution
+from gengrad.data.draws import draw
+from gengrad.flows.gradient import GradientTransport
+from gengrad.flows.transports import Transport
+from gengrad.functionals.base import Density
+from gengrad.networks.curvature import EXACT
+
+MATCHED = 4096  # particles whose mean and covariance are made exact together
+CHUNK = 8192  # particles moved at once
+
+
+@dataclass
+class Cloud:
+    """Particles x (n, d) with log rho (n,) and, of the first ``len(score)``, the score grad log rho; float64.
+
+    ``log_rho`` is None where the source has no density, ``score`` also where d is above 64.
+    """
+
+    x: Tensor
+    log_rho: Tensor | None
+    score: Tensor | None
+
+    @classmethod
+    def of(cls, source: Distribution, n: int, seed: int, probes: int, device: torch.device) -> Cloud:
+        """``n`` particles of the source; where its moments are known, blocks of 4096 have them exactly."""
+        x = matched(draw(source, 0, n, seed, "cloud").flatten(1).double(), source.moments())
+        log_rho = score = None
+        if hasattr(source, "log_density"):
+            log_rho = source.log_density(x.view(-1, *source.event_shape)).double().to(device)
+            if x.shape[1] <= EXACT:
+                leaf = x[:probes].clone().requires_grad_(True)
+                (score,) = torch.autograd.grad(source.log_density(leaf.view(-1, *source.event_shape)).sum(), leaf)
+                score = score.to(device)
+        return cls(x.to(device), log_rho, score)
+
+    def density(self, rows: slice | Tensor = slice(None)) -> Density | None:
+        return None if self.log_rho is None else Density(self.log_rho[rows])
+
+    def pushed(self, network: nn.Module, fast: bool = False) -> Cloud:
+        """The cloud after x -> grad u(x): log rho(Tx) = log rho(x) - log det H(x), in float64; ``fast``: in float32."""
+        parts, generator = [], torch.Generator().manual_seed(0)
+        mover = copy.deepcopy(network).float() if fast else network
+        with torch.no_grad():
+            for x in self.x.float().split(CHUNK) if fast else self.x.split(CHUNK):
+                y, log_det = mover.moved(x, generator) if self.log_rho is not None else (mover(x), x[:, 0])
+                parts.append((y.double(), log_det.double()))
+        moved, log_dets = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        log_rho = None if self.log_rho is None else self.log_rho - log_dets
+        score = None if self.score is None else pushed_score(network, self.x[: len(self.score)], self.score)
+        return Cloud(moved, log_rho, score)
+
+    def through(self, transport: Transport) -> Cloud:
+        """The cloud after a transport that has a density; one without a potential loses the score."""
+        if isinstance(transport, GradientTransport):
+            # a curved map in the precision of its training, at half the time; the score and affine maps in float64
+            return self.pushed(copy.deepcopy(transport.network).double(), fast=not transport.network.is_affine)
+        with torch.no_grad():
+            log_rho = None if self.log_rho is None else self.log_rho - transport.log_det(self.x)
+            return Cloud(transport.push(self.x), log_rho, None)
+
+    def first(self, n: int) -> Cloud:
+        """The first n particles."""
+        log_rho = None if self.log_rho is None else self.log_rho[:n]
+        return Cloud(self.x[:n], log_rho, None if self.score is None else self.score[:n])
+
+
+def pushed_score(network: nn.Module, x: Tensor, score: Tensor) -> Tensor:
+    """grad log rho' at T(x): H^{-1} (grad log rho(x) - grad log det H(x)), from log rho'(T x) = log rho - log det H."""
+    parts = []
+    for points, values in zip(x.split(CHUNK), score.split(CHUNK)):
+        if network.is_affine:
+            hessian, gradient = network.quadratic.detach(), torch.zeros_like(points)
+        else:
+            leaf = points.clone().requires_grad_(True)
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(network.log_det(leaf).sum(), leaf)
+            with torch.no_grad():
+                hessian = network.hessian(points)
+        parts.append(torch.linalg.solve(hessian, (values - gradient)[..., None])[..., 0])
+    return torch.cat(parts)
+
+
+def matched(x: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:
+    """x (n, d) moved affinely, 4096 at a time, to the given mean and covariance: means over it are far less noisy."""
+    if moments is None:
+        return x
+    mean, factor = moments[0], torch.linalg.cholesky(moments[1])
+    blocks = []
+    for block in x.split(MATCHED):
+        if len(block) > 4 * x.shape[1]:
+            centred = block - block.mean(0)
+            own = torch.linalg.cholesky(centred.mT @ centred / len(block))
+            block = mean + torch.linalg.solve_triangular(own, centred.mT, upper=False).mT @ factor.mT
+        blocks.append(block)
+    return torch.cat(blocks)

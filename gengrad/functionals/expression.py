@@ -1,0 +1,92 @@
+"""Functionals as the YAML writes them: a name, a mapping, or a list of these that are added with weights.
+
+    functional: entropy
+    functional: {name: kl}
+    functional: [{name: potential, potential: {name: quadratic}}, {name: entropy, weight: 0.5}]
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, ValidationError
+from torch import Tensor
+
+from gengrad.functionals.base import Density, Functional, Sum, velocity_of
+from gengrad.registry import FUNCTIONALS
+
+
+def read_expression(given: Any) -> list[dict]:
+    """The terms as plain mappings with name, weight and every setting; raises ``ValueError`` naming the wrong term."""
+    terms = given if isinstance(given, list) else [given]
+    if not terms:
+        raise ValueError("a functional is a sum of at least one term")
+    return [_read_term(term, f"term {k + 1}: " if len(terms) > 1 else "") for k, term in enumerate(terms)]
+
+
+def _read_term(term: Any, where: str) -> dict:
+    term = {"name": term} if isinstance(term, str) else term
+    if not isinstance(term, dict) or "name" not in term:
+        raise ValueError(f"{where}expected a functional's name, one of: {', '.join(FUNCTIONALS)}")
+    weight = term.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < abs(weight) < float("inf"):
+        raise ValueError(f"{where}weight must be a finite number other than 0; found {weight!r}")
+    settings = {key: value for key, value in term.items() if key not in ("name", "weight")}
+    try:
+        checked = FUNCTIONALS.get(term["name"]).Config(**settings)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, item['loc'])) or term['name']}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
+        raise ValueError(f"{where}{term['name']}: {'; '.join(lines)}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+    return {"name": term["name"], "weight": float(weight), **checked.model_dump(mode="json")}
+
+
+Expression = Annotated[list[dict], BeforeValidator(read_expression)]
+
+
+def build_expression(terms: list[dict], target=None, samples: Tensor | None = None) -> Functional:
+    """The functional that the ``terms`` of ``read_expression`` describe.
+
+    ``target`` has the log density that terms such as ``kl`` take, ``samples`` are the points that divergences take;
+    raises ``ValueError`` where a term takes what is not given.
+    """
+    built: list[tuple[float, Functional]] = []
+    for term in terms:
+        cls = FUNCTIONALS.get(term["name"])
+        config = cls.Config(**{key: value for key, value in term.items() if key not in ("name", "weight")})
+        if cls.takes == "density" and not hasattr(target, "log_density"):
+            raise ValueError(
+                f"functional {term['name']!r} needs the log density of the data, which data set "
+                f"{getattr(target, 'name', None)!r} does not have; take sinkhorn_divergence or energy_distance, which "
+                "need its samples alone"
+            )
+        if cls.takes == "samples" and samples is None:
+            raise ValueError(f"functional {term['name']!r} compares with samples of the data, and there are none")
+        first = {"density": (target,), "samples": (samples,), "nothing": ()}[cls.takes]
+        functional = cls(*first, config=config)
+        inner = functional.terms if isinstance(functional, Sum) else [(1.0, functional)]
+        built += [(term["weight"] * weight, part) for weight, part in inner]
+    return built[0][1] if len(built) == 1 and built[0][0] == 1.0 else Sum(built)
+
+
+def takes(terms: list[dict], what: str) -> bool:
+    """Whether a term takes the target's ``samples`` or its ``density``."""
+    return any(FUNCTIONALS.get(term["name"]).takes == what for term in terms)
+
+
+def needs_density(terms: list[dict]) -> bool:
+    """Whether a term is defined for measures with a density alone."""
+    return any(getattr(FUNCTIONALS.get(term["name"]), "needs_density", False) for term in terms) or takes(
+        terms, "density"
+    )
+
+
+def gradient_of(functional: Functional, x: Tensor, density: Density | None) -> Tensor:
+    """grad dF/drho at the particles, minus the velocity, detached."""
+    with torch.enable_grad():
+        return -velocity_of(functional, x.detach(), None, density).detach()

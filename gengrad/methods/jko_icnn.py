@@ -1,0 +1,241 @@
+"""The JKO scheme with input-convex networks: one convex potential for each implicit step, densities carried along."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gengrad.data.draws import Shuffle, generator_for
+from gengrad.flows.density_cloud import Cloud
+from gengrad.flows.flow import Flow
+from gengrad.flows.gradient import GradientTransport
+from gengrad.flows.transports import Transport
+from gengrad.functionals.base import Density, Functional
+from gengrad.functionals.expression import Expression, build_expression, gradient_of, needs_density, takes
+from gengrad.functionals.interaction import InteractionEnergy
+from gengrad.methods.base import Method, Part, Problem, Stage
+from gengrad.methods.jko_affine import JKOProblem, solve_affine
+from gengrad.networks.curvature import EXACT
+from gengrad.registry import METHODS, Settings
+
+PROBES = 4096  # particles on which a step is judged
+PAIRS = 2048  # ... where every one of them meets every other
+CURVED = 4096  # particles for the affine start where each has its own Hessian
+RISE = 1e-3  # relative rise of the energy in a step that ends the run: more than the noise of the probes
+
+
+@METHODS.register("jko_icnn")
+class JKOICNN(Method):
+    """u_{k+1} = argmin over convex u of F((grad u)_# rho_k) + E |grad u(x) - x|^2 / (2 tau), rho_{k+1} its image
+
+    (JKO-ICNN, arXiv 2106.00774; Large-Scale Wasserstein Gradient Flows, arXiv 2106.00736). One stage for each of
+    ``jko_steps`` steps of length ``tau`` in flow time; ``train.steps`` are shared out over them, and the learning rate
+    decays within each. The particles and their log densities live in a cloud that is pushed once a step.
+
+    A step begins at the best map that is affine beyond the potential of the step before (``start: affine``), which
+    is exact where everything is Gaussian; one whose relative optimality residual is below ``tol`` then is not trained.
+    What training leaves is kept where the objective on the cloud says that it is better than the start.
+    """
+
+    network_role = "potential"
+
+    class Config(Settings):
+        functional: Expression = Field([{"name": "kl", "weight": 1.0}], validate_default=True)
+        tau: float = Field(0.1, gt=0)
+        jko_steps: int = Field(10, ge=1)
+        start: Literal["affine", "identity"] = "affine"
+        cloud: int = Field(100_000, ge=2)  # particles that are carried along and trained on
+        affine_cloud: int = Field(32_768, ge=2)  # of them, for the affine start; fewer for a costly functional
+        tol: float = Field(1e-4, ge=0)  # E|residual|^2 / E|velocity|^2 at which a step counts as solved; 0: never
+        target_samples: int = Field(2048, ge=2)  # of the data, for functionals that compare with samples
+
+    def least_nfe(self) -> int:
+        return self.config.jko_steps
+
+    def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
+        yield from self.steps(problem, flow, {})
+
+    def steps(self, problem: Problem, flow: Flow, updates: dict[int, Callable]) -> Iterator[Stage]:
+        """The stages; ``updates[k](flow, cloud)`` gives a transport that comes before step k, with no training."""
+        functional, carried, position = self._functional(problem), Carried(problem, self.config.cloud), 0
+        for k in range(self.config.jko_steps):
+            if k in updates:
+                if position == len(flow.transports):
+                    flow.transports.append(updates[k](flow, carried.up_to(flow)))
+                position += 1
+            if position < len(flow.transports):
+                yield Finished(k)  # by an earlier call
+            else:
+                yield JKOStage(problem, self.config, functional, carried.up_to(flow), k, _last_network(flow))
+            position += 1
+
+    def _functional(self, problem: Problem) -> Functional:
+        c = self.config
+        if needs_density(c.functional) and not hasattr(problem.source, "log_density"):
+            raise ValueError(
+                f"the functional needs a density, and source {problem.source.name!r} has none: start from a source "
+                "with a log density (normal, gaussian, gaussian_mixture, uniform), or use functionals of particles"
+            )
+        samples = None
+        if takes(c.functional, "samples"):
+            samples = problem.target.sample(c.target_samples, generator_for(problem.seed, "functional/target"))
+            samples = samples.to(problem.device)
+        return build_expression(c.functional, problem.target, samples)
+
+
+class Carried:
+    """The cloud at the end of a flow that grows: pushed once by each transport, from the source on when resumed."""
+
+    def __init__(self, problem: Problem, size: int):
+        self.problem, self.size, self.count, self.cloud = problem, size, 0, None
+
+    def up_to(self, flow: Flow) -> Cloud:
+        if self.cloud is None:
+            p = self.problem
+            self.cloud = Cloud.of(p.source, self.size, p.seed, PROBES, p.device)
+        for transport in flow.transports[self.count :]:
+            self.cloud = self.cloud.through(transport)
+        self.count = len(flow.transports)
+        return self.cloud
+
+
+def _last_network(flow: Flow) -> nn.Module | None:
+    return next((t.network for t in reversed(flow.transports) if isinstance(t, GradientTransport)), None)
+
+
+class Finished(Stage):
+    """A step whose transport is in the flow already."""
+
+    networks: dict = {}
+    steps = 0
+
+    def __init__(self, k: int):
+        self.name = f"step_{k + 1}"
+
+    def objective(self, networks, part, generator):
+        raise RuntimeError(f"{self.name} has been trained already")
+
+    transport = objective
+
+
+class JKOStage(Stage):
+    """One step: from rho_k, held as a cloud, to its JKO minimiser."""
+
+    def __init__(
+        self, problem: Problem, config: JKOICNN.Config, functional: Functional, cloud: Cloud, k: int,
+        before: nn.Module | None,
+    ):
+        self.problem, self.config, self.k, self.cloud = problem, config, k, cloud
+        self.name = f"step_{k + 1}"
+        self.jko = JKOProblem(functional, config.tau)
+        self.pairs = _has_pairs(functional)
+        self.probes = cloud.first(PAIRS if self.pairs else PROBES)
+        network = problem.make_network() if before is None else copy.deepcopy(before)
+        network = network.to(problem.device).train().requires_grad_(True)
+        network.whiten(cloud.x)
+        if config.start == "affine" and (network.is_affine or network.d <= EXACT):
+            # with a curved potential every particle has a Hessian of its own
+            most = PAIRS if self.pairs else config.cloud if network.is_affine else CURVED
+            network.set_affine(*solve_affine(self.jko, network, cloud.first(min(most, config.affine_cloud))))
+        self.networks = {"potential": network}
+        self.initial = copy.deepcopy(network).requires_grad_(False)
+        self.at_start = self._judge(self.initial)
+        self.solved = self.at_start["residual"] is not None and self.at_start["residual"] <= config.tol
+        self.steps = 0 if self.solved else steps_of(k, config.jko_steps, problem.steps)
+        self._order = Shuffle(len(cloud.x), problem.seed, f"train/cloud/{k}")
+        self._done, self.record = 0, {}
+
+    def objective(
+        self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        rows = self._order.take(part.step * part.size, (part.step + 1) * part.size)[part.rows()]
+        x = self.cloud.x[rows.to(self.cloud.x.device)].float()
+        log_rho = log_det = None
+        y = x.view(-1, *self.problem.source.event_shape)
+        if self.jko.needs_density:
+            y, log_det = networks["potential"](y, log_det=True, generator=generator)
+            log_rho = self.cloud.log_rho[rows.to(self.cloud.x.device)].float()
+        else:
+            y = networks["potential"](y)
+        energy, distance = self.jko.energy(y, log_rho, log_det), self.jko.distance(x, y.flatten(1))
+        self._done = part.step + 1
+        return self.jko.tau * energy + distance, {"energy": energy.item(), "move": 2 * distance.item()}
+
+    def transport(self, networks: dict[str, nn.Module]) -> Transport:
+        """The better of the trained map and the start, judged on the same particles."""
+        network, found = networks["potential"], self._judge(networks["potential"])
+        trained = not self.solved and found["objective"] < self.at_start["objective"]
+        if not trained:
+            network, found = self.initial, self.at_start
+        before = self._judge(None)["energy"]
+        self.record = {
+            "step": self.k + 1,
+            "tau": self.jko.tau,
+            "time": (self.k + 1) * self.jko.tau,
+            "energy_before": before,
+            "energy": found["energy"],
+            "move": found["move"],
+            "residual": found["residual"],
+            "trained": trained,
+        }
+        if self._done >= self.steps:
+            self._refuse_rise(before, found["energy"])
+        return GradientTransport(network, self.record)
+
+    def summary(self) -> dict[str, float]:
+        return {key: float(self.record[key]) for key in ("time", "energy", "move", "residual", "trained")
+                if self.record.get(key) is not None}
+
+    def _refuse_rise(self, before: float, after: float) -> None:
+        if after - before > RISE * (1 + abs(before)):
+            raise ValueError(
+                f"{self.name}: the energy rose from {before:.6g} to {after:.6g}, which a JKO step cannot do: the step "
+                f"is not solved. Give it more train.steps, or a smaller tau (now {self.jko.tau:g}), below which a "
+                f"concave part of the energy no longer wins; the flow of the {self.k} steps before is kept"
+            )
+
+    def _judge(self, network: nn.Module | None) -> dict:
+        """Energy, E|T x - x|^2, objective and relative residual of a map on the probes; of the identity for None.
+
+        The residual is E |(T x - x) / tau + grad dF/drho (T x)|^2 / E |(T x - x) / tau|^2, zero at the exact step. None
+        without a score, and for singular interactions, whose force between particles has no variance.
+        """
+        before, tau = self.probes, self.jko.tau
+        after = before if network is None else before.pushed(copy.deepcopy(network).double())
+        shape = (-1, *self.problem.source.event_shape)
+        with torch.no_grad():
+            density = None if after.log_rho is None else Density(after.log_rho)
+            energy = float(self.jko.functional(after.x.view(shape), density))
+            distance = float(self.jko.distance(before.x, after.x))
+        residual = None
+        smooth = not _is_singular(self.jko.functional)
+        if network is not None and smooth and (after.score is not None or not self.jko.needs_density):
+            count = len(before.x) if after.score is None else min(len(after.score), len(before.x))
+            if after.score is not None:
+                density = Density(after.log_rho[:count], after.score[:count].view(shape))
+            field = gradient_of(self.jko.functional, after.x[:count].view(shape), density).flatten(1)
+            speed = (after.x[:count] - before.x[:count]) / tau
+            residual = float((speed + field).square().sum() / speed.square().sum().clamp_min(1e-300))
+        return {"energy": energy, "move": 2 * distance, "objective": tau * energy + distance, "residual": residual}
+
+
+def steps_of(k: int, count: int, total: int) -> int:
+    """The share of ``total`` optimiser steps that step k gets: the first, which begins from nothing, three shares."""
+    share = max(1, total // (count + 2))
+    return total - (count - 1) * share if k == 0 and total > count else share
+
+
+def _is_singular(functional: Functional) -> bool:
+    terms = functional.terms if hasattr(functional, "terms") else [(1.0, functional)]
+    return any(getattr(term, "singular", False) for _, term in terms)
+
+
+def _has_pairs(functional: Functional) -> bool:
+    """Whether the functional's cost grows with the square of the number of particles."""
+    terms = functional.terms if hasattr(functional, "terms") else [(1.0, functional)]
+    return any(isinstance(term, InteractionEnergy) or term.takes == "samples" for _, term in terms)

@@ -153,12 +153,24 @@ def read_config(raw: dict, where: str = "the config", origins: dict[str, str] | 
         fields[section] = _named(section, raw.get(section), registry, default, problems)
     for section, schema in PLAIN.items():
         fields[section] = _section(section, raw.get(section), schema, problems)
+    if fields["network"] and fields["method"]:
+        _fitting_network(fields["network"]["name"], fields["method"]["name"], problems)
     if problems:
         origin = origins or {}
         lines = [f"  {key} ({_origin(key, origin, where)}): {text}" for key, text in problems]
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise ConfigError("\n".join([f"{count} in the config; nothing was started.", *lines]))
     return RunConfig(**fields)
+
+
+def _fitting_network(network: str, method: str, problems: list) -> None:
+    """Refuses a network that learns another thing than the method asks for, a velocity for a plan say."""
+    wanted = METHODS.get(method).learns
+    learns = {name: getattr(NETWORKS.get(name), "learns", "velocity") for name in NETWORKS}
+    if wanted not in ("nothing", learns[network]):
+        fitting = ", ".join(name for name in learns if learns[name] == wanted)
+        problems.append(("network.name", f"{network!r} is a {learns[network]}, method {method!r} learns a {wanted}; "
+                                         f"take one of: {fitting}"))
 
 
 def _origin(key: str, origins: dict[str, str], where: str) -> str:

@@ -156,12 +156,6 @@ def _check(config: RunConfig, method: Method, source: Distribution, target: Dist
     compilers = ("g++", "clang++", "c++", "cl")
     if config.train.compile and not os.environ.get("CXX") and not any(map(shutil.which, compilers)):
         problems.append(f"train.compile needs a C++ compiler, and none of {', '.join(compilers)} is here; leave it out")
-    fitting = [name for name in NETWORKS if getattr(NETWORKS.get(name), "role", "velocity") == method.network_role]
-    if method.network_role != "none" and config.network["name"] not in fitting:
-        problems.append(
-            f"network {config.network['name']!r} does not fit method {method.name!r}, which learns a "
-            f"{method.network_role}: take network.name={' or '.join(fitting)}"
-        )
     if min(config.evaluate.nfe) < method.least_nfe():
         problems.append(
             f"evaluate.nfe={config.evaluate.nfe}: a sample of this method takes {method.least_nfe()} network "
@@ -255,7 +249,7 @@ def _announce(
         network = NETWORKS.build(config.network, event_shape=tuple(problem.target.event_shape))
     size = sum(p.numel() for p in network.parameters())
     train, world = config.train, accelerator.num_processes
-    learns = METHODS.get(config.method["name"]).network_role != "none"
+    learns = METHODS.get(config.method["name"]).learns != "nothing"
     lines = [
         f"gengrad {gengrad.__version__}: {config.method['name']}, {config.source['name']} -> {config.data['name']}",
         f"  network   {config.network['name']}, {size:,} parameters" if learns else "  network   none",

@@ -52,6 +52,7 @@ class RieszMMD(Functional):
     def of_draws(self, x: Tensor) -> Tensor:
         """F up to the target's constant, without bias: the mean over pairs i != k, n / (n - 1) times that over all."""
         x, r = x.flatten(1), self.config.r
+        _at_least_two(x)
         repulsion = len(x) / (len(x) - 1) * kernel_mean(x, x, r) / 2
         return -repulsion if self.target is None else kernel_mean(x, self.target.to(x), r) - repulsion
 
@@ -83,6 +84,8 @@ class RieszMMD(Functional):
         section 4). Autograd at coincident points would give 0 or NaN. ``of_draws``: pairs i = k are left out.
         """
         x, v, r = x.flatten(1), v.flatten(1), self.config.r
+        if of_draws:
+            _at_least_two(x)
         unbias = len(x) / (len(x) - 1) if of_draws else 1.0
         repulsion, attraction = self._gradients(x)
         slope = ((attraction - unbias * repulsion) * v).sum(1).mean()
@@ -108,6 +111,11 @@ class RieszMMD(Functional):
             met = share > 0
             c = c + (share[met].to(v) * v[met].norm(dim=1).pow(r)).sum() / n
         return c
+
+
+def _at_least_two(x: Tensor) -> None:
+    if len(x) < 2:
+        raise ValueError("pairs of draws need at least two particles; raise the batch, or its share of each process")
 
 
 @FUNCTIONALS.register("energy_distance")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -96,11 +97,15 @@ class Stage(ABC):
 class Method(Configured, ABC):
     """How a transport is learned. One file, one class, its ``Config`` the schema of ``method:`` in the YAML."""
 
-    network_role = "velocity"  # the ``role`` of the networks that it asks for; none: it learns nothing
+    learns: ClassVar[str] = "velocity"  # the kind of network it trains, which ``network:`` must name one of
 
     def batches(self) -> dict[str, tuple[int, bool]]:
         """Batches it takes besides ``train.batch_size``: key -> (size, whether the processes share it out)."""
         return {}
+
+    def least_nfe(self) -> int:
+        """The fewest network evaluations that a sample of its flow takes."""
+        return 1
 
     def refusals(self, classes: int | None) -> list[str]:
         """What is wrong with these settings for a network of so many ``classes``, one sentence each."""
@@ -109,10 +114,6 @@ class Method(Configured, ABC):
     def objections(self, source: Distribution, target: Distribution) -> list[str]:
         """Why it cannot carry this source to this target; nothing is started where there is a reason."""
         return []
-
-    def least_nfe(self) -> int:
-        """The fewest network evaluations that a sample of its flow takes."""
-        return 1
 
     @abstractmethod
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:

@@ -42,7 +42,7 @@ class JKOICNN(Method):
     What training leaves is kept where the objective on the cloud says that it is better than the start.
     """
 
-    network_role = "potential"
+    learns = "potential"
 
     class Config(Settings):
         functional: Expression = Field([{"name": "kl", "weight": 1.0}], validate_default=True)

@@ -83,8 +83,11 @@ def takes_target(functional: type[Functional]) -> bool:
 class PlanMethod(Method):
     """``flow_steps`` stages, one network each: every stage starts from the cloud that the ones before have pushed."""
 
-    network_role = "plan"
+    learns = "plan"
     stage: type[PlanStage]
+
+    def least_nfe(self) -> int:
+        return self.config.flow_steps
 
     def batches(self) -> dict[str, tuple[int, bool]]:
         size = self.config.target_batch

@@ -57,7 +57,7 @@ class RieszParticles(Method):
     From atoms of mass the steps grow like 1, 3, 5, ... with the same sum, for an atom bursts at unit speed at once.
     """
 
-    network_role = "none"
+    learns = "nothing"
 
     class Config(DescentSettings):
         particles: int = Field(2000, ge=2)

@@ -30,7 +30,7 @@ class ICNN(nn.Module, Configured):
     above it a random surrogate with the right mean gradient (``log_det`` gives the value). x: (n, *event).
     """
 
-    role = "potential"
+    learns = "potential"
 
     class Config(Settings):
         width: int = Field(64, ge=1)

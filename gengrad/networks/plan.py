@@ -22,7 +22,7 @@ class Plan(nn.Module, Configured):
     images of one atom coincide and no gradient tells them apart.
     """
 
-    role = "plan"
+    learns = "plan"
 
     class Config(Settings):
         width: int = Field(128, ge=1)

@@ -109,6 +109,12 @@ def test_an_exponent_outside_of_zero_and_two_is_refused(r):
         RieszMMD(r=r)
 
 
+def test_one_draw_makes_no_pair():
+    for estimate in (RieszMMD().of_draws, lambda x: RieszMMD().directional_derivative(x, x, of_draws=True)):
+        with pytest.raises(ValueError, match="at least two"):
+            estimate(torch.zeros(1, 2))
+
+
 def test_an_empty_target_is_refused():
     with pytest.raises(ValueError, match="interaction energy alone"):
         RieszMMD(torch.zeros(0, 2))

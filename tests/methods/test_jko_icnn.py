@@ -175,7 +175,7 @@ def test_a_rising_energy_ends_the_run_with_the_step_and_what_to_do():
 
 def test_a_velocity_network_is_refused_before_training(config, capsys):
     assert main(["train", str(config("wrong", network={"name": "mlp", "width": 8}))]) == 2
-    assert "learns a potential: take network.name=icnn" in capsys.readouterr().err
+    assert "learns a potential; take one of: icnn" in capsys.readouterr().err
 
 
 def test_fewer_evaluations_than_steps_are_refused_before_training(config, capsys):

@@ -20,11 +20,11 @@ SMALLER = {
     "riesz_particles": {"flow_steps": 2, "particles": 64},
 }
 SMALLER["nsgf_pp"] = SMALLER["nsgf"]
-# the network that a method of each role asks for
 SMALLER["jko_icnn"] = {"jko_steps": 2, "cloud": 128}
-NETWORK = {"velocity": ("mlp", MLP), "plan": ("plan", Plan), "none": ("mlp", MLP), "potential": ("icnn", ICNN)}
+# the network that a method asks for
+NETWORK = {"velocity": ("mlp", MLP), "plan": ("plan", Plan), "nothing": ("mlp", MLP), "potential": ("icnn", ICNN)}
 OF_THE_PLANE = [name for name in METHODS if name != "jko_filter"]  # that one is of the line
-LEARNED = [name for name in OF_THE_PLANE if METHODS.get(name).network_role != "none"]
+LEARNED = [name for name in OF_THE_PLANE if METHODS.get(name).learns != "nothing"]
 
 
 def problem(target="8gaussians", **changes) -> Problem:
@@ -36,7 +36,7 @@ def problem(target="8gaussians", **changes) -> Problem:
 
 
 def stage_of(method, **changes):
-    asked = problem(network=NETWORK[method.network_role][1], **changes)
+    asked = problem(network=NETWORK[method.learns][1], **changes)
     return next(iter(method.stages(asked, Flow(asked.source))))
 
 
@@ -47,7 +47,7 @@ def loss_at(stage, step=0, rank=0, world=1, size=32):
 
 @pytest.mark.parametrize("name", OF_THE_PLANE)
 def test_a_method_trains_two_steps_saves_loads_and_samples(name, small, tmp_path):
-    network = {"name": NETWORK[METHODS.get(name).network_role][0], "width": 16, "depth": 2}
+    network = {"name": NETWORK[METHODS.get(name).learns][0], "width": 16, "depth": 2}
     path = small("run", method={"name": name, **SMALLER[name]}, network=network, train__steps=2)
     assert main(["train", str(path)]) == 0
     flow = gengrad.load(tmp_path / "run")
@@ -61,8 +61,8 @@ def test_the_objective_is_a_function_of_seed_and_step_alone(name):
     torch.manual_seed(0)
     one = stage_of(METHODS.get(name)(**SMALLER[name]))
     two = stage_of(METHODS.get(name)(**SMALLER[name]))
-    for role, network in two.networks.items():
-        network.load_state_dict(one.networks[role].state_dict())
+    for key, network in two.networks.items():
+        network.load_state_dict(one.networks[key].state_dict())
     for step in range(6):
         first = loss_at(one, step)
     torch.manual_seed(99)

@@ -216,7 +216,8 @@ def test_settings_that_make_no_sense_are_refused(method, settings, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"network": {"name": "mlp"}}, "take network.name=plan"),
+        ({"network": {"name": "mlp"}}, "take one of: plan"),
+        ({"evaluate": {"nfe": [5]}}, "give evaluate.nfe=[12]"),
         ({"data": {"name": "diracs", "points": [[1.0, 1.0]]}}, "all points are identical"),
         ({"source": {"name": "diracs", "points": [[0.0, 0.0, 0.0]]}}, "give 2 coordinates"),
         ({"method": {"name": "riesz_forward", "functional": {"name": "riesz_mmd", "r": 0.5}}}, "minus infinity"),
@@ -224,7 +225,8 @@ def test_settings_that_make_no_sense_are_refused(method, settings, says):
 )
 def test_a_run_that_cannot_be_is_refused_before_it_starts(changes, says, small, tmp_path, capsys):
     network = {"name": "plan", "width": 16}
-    asked = {"source": DIRAC, "data": PROFILE, "method": {"name": "riesz_backward"}, "network": network, **changes}
+    asked = {"source": DIRAC, "data": PROFILE, "method": {"name": "riesz_backward"}, "evaluate": {"nfe": [12]}}
+    asked = {**asked, "network": network, **changes}
     assert main(["train", str(small("run", **asked))]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run" / "flow.json").exists()

@@ -11,7 +11,7 @@ CASES = [(name, shape) for name in SHAPES for shape in SHAPES[name]]
 
 
 def test_every_velocity_network_is_tested_here():
-    assert set(SHAPES) == {name for name in NETWORKS if getattr(NETWORKS.get(name), "role", "velocity") == "velocity"}
+    assert set(SHAPES) == {name for name in NETWORKS if getattr(NETWORKS.get(name), "learns", "velocity") == "velocity"}
 
 
 def make(name, shape):

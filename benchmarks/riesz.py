@@ -49,6 +49,8 @@ def run(config: str, *overrides: str) -> tuple[gengrad.Flow, float]:
     with tempfile.TemporaryDirectory() as folder:
         settings = load_config(CONFIGS / f"{config}.yaml", [*overrides, f"out={folder}", "device=cpu"])
         outcome = train(settings, quiet=True)
+        if not outcome.finished:  # a signal: a cell of a training cut short would be wrong
+            raise SystemExit(128 + outcome.signal)
         return gengrad.load(folder), outcome.cpu_seconds
 
 

@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch .venv/installed
 
 quickstart: .venv/installed
-	$(BIN)/python train.py configs/toy/8gaussians_nsgf.yaml train.steps=6000 out=quickstart/8gaussians
+	$(BIN)/python train.py configs/toy/8gaussians_nsgf.yaml out=quickstart/8gaussians
 	$(BIN)/python sample.py quickstart/8gaussians --n 2048 --nfe 5 --out quickstart/8gaussians/samples.npy --trajectory
 	$(BIN)/gengrad evaluate quickstart/8gaussians --nfe 5
 	$(BIN)/python train.py configs/images/digits_nsgf_pp.yaml out=quickstart/digits

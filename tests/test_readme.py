@@ -1,10 +1,12 @@
 """The README's commands exist, its Python runs, its links lead somewhere, and its example of a data set works."""
 
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from gengrad.cli import main
 
@@ -56,6 +58,23 @@ def test_the_example_data_set_of_the_readme_can_be_trained_on(small, tmp_path):
         assert main(["train", str(small("ring", data={"name": "ring", "radius": 2.0}, train__steps=2))]) == 0
     finally:
         del DATASETS._classes["ring"]
+
+
+def test_the_example_energy_of_the_readme_is_the_integral_it_names():
+    from gengrad.functionals.base import Density
+    from gengrad.registry import FUNCTIONALS
+
+    exec(compile(PYTHON[2], "README.md", "exec"), {})
+    try:
+        energy = FUNCTIONALS.build({"name": "crowding"})
+        x = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+        log_density = -x.square() / 2 - 0.5 * math.log(2 * math.pi)
+        rows = torch.multinomial(log_density.exp(), 200_000, True, generator=torch.Generator().manual_seed(0))
+        integral = float(torch.trapezoid((2 * log_density).exp() * log_density, x))
+        # 200,000 draws of a standard deviation of 0.1
+        assert float(energy.value(x[rows, None], Density(log_density[rows]))) == pytest.approx(integral, abs=1e-3)
+    finally:
+        del FUNCTIONALS._classes["crowding"]
 
 
 def test_every_link_of_the_readme_leads_to_a_file():

@@ -17,8 +17,8 @@ quickstart: .venv/installed
 	$(BIN)/python sample.py quickstart/8gaussians --n 2048 --nfe 5 --out quickstart/8gaussians/samples.npy --trajectory
 	$(BIN)/gengrad evaluate quickstart/8gaussians --nfe 5
 	$(BIN)/python train.py configs/images/digits_nsgf_pp.yaml out=quickstart/digits
-	$(BIN)/python sample.py quickstart/digits --n 64 --nfe 7 --out quickstart/digits/samples.png
-	$(BIN)/gengrad evaluate quickstart/digits --nfe 7 --features classifier
+	$(BIN)/python sample.py quickstart/digits --n 64 --nfe 5 --out quickstart/digits/samples.png
+	$(BIN)/gengrad evaluate quickstart/digits --nfe 5 --features classifier
 	@echo; echo "pictures and tables:"; ls -1 quickstart/*/pictures/*.png quickstart/*/*.png quickstart/*/*.gif quickstart/*/metrics.md
 
 test: .venv/installed

@@ -100,7 +100,7 @@ def test_a_killed_save_leaves_a_flow_that_loads(trained, tmp_path):
 
 def test_two_killed_saves_in_a_row_leave_a_flow_that_loads(trained, tmp_path, monkeypatch):
     """The first dies before its last rename, the second before its description."""
-    from gengrad.flows import flow as module
+    from gengrad.flows import stored as module
 
     run, new = copied(trained, tmp_path), gengrad.load(trained)
     with torch.no_grad():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import json
 import math
 import os
 import time
@@ -15,22 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-import gengrad
 from gengrad.data.base import Distribution
 from gengrad.data.draws import Keyed, draw, draw_labels
-from gengrad.files import sha256_of, write_atomically, write_json
 from gengrad.flows.solvers import SOLVERS
+from gengrad.flows.stored import read_stored, write_stored
 from gengrad.flows.transports import Condition, Transport, transport_from
 from gengrad.registry import DATASETS, settings_of
-
-FORMAT = 1  # of flow.json; raised when an older gengrad could not read a newer file rightly
-WEIGHTS, DESCRIPTION = "flow.safetensors", "flow.json"
-WAITING = ".next"  # ending of weights whose description is being written
 
 
 @dataclass(frozen=True)
@@ -344,8 +334,6 @@ class Flow(nn.Module):
     def describe(self) -> dict:
         """Plain data from which ``Flow.rebuild`` makes this flow again, weights aside."""
         return {
-            "format": FORMAT,
-            "gengrad": gengrad.__version__,
             "source": settings_of(self.source),
             "event_shape": list(self.event_shape),
             "transports": [transport.describe() for transport in self.transports],
@@ -367,24 +355,11 @@ class Flow(nn.Module):
         return flow.eval()
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes ``flow.safetensors`` and ``flow.json`` (which holds the weights' SHA-256).
+        """Writes ``flow.safetensors`` and ``flow.json`` into ``directory``; a kill leaves the old or the new flow.
 
-        A kill at any moment leaves either the old or the new flow loadable: the new weights wait under another name
-        until the description that names their hash is on the disk. Raises ``ValueError`` for weights that are not
-        finite: such a flow is never published.
+        Raises ``ValueError`` for weights that are not finite: such a flow is never published.
         """
-        directory = Path(directory)
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state_dict().items()}
-        broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-        if broken:
-            raise ValueError(f"the flow's weights are not finite in {', '.join(broken[:3])}; it is not saved")
-        directory.mkdir(parents=True, exist_ok=True)
-        waiting = directory / (WEIGHTS + WAITING)
-        _finish_rename(directory, waiting)
-        write_atomically(waiting, tensors_to_bytes(tensors))
-        description = {**self.describe(), "sha256": sha256_of(waiting)}
-        write_json(directory / DESCRIPTION, {**description, "seal": _seal(description)})
-        os.replace(waiting, directory / WEIGHTS)
+        write_stored(Path(directory), self.describe(), dict(self.state_dict()))
 
 
 def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Flow:
@@ -392,52 +367,8 @@ def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Fl
 
     Raises ``FileNotFoundError`` where there is none and ``ValueError`` for one that is truncated, altered or newer.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"no run folder {str(directory)!r}; give the folder that train.py wrote (its out=...)")
-    if not (directory / DESCRIPTION).is_file():
-        raise FileNotFoundError(
-            f"{str(directory)!r} holds no {DESCRIPTION}: it is no run folder of gengrad, or its training has not "
-            "reached the first checkpoint yet"
-        )
+    description, tensors = read_stored(Path(directory))
     try:
-        description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-        version, digest, seal = description["format"], description["sha256"], description.pop("seal")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory / DESCRIPTION} is damaged ({error!r}); train again or restore the file") from None
-    if version != FORMAT:
-        raise ValueError(
-            f"{directory / DESCRIPTION} has format {version}; this gengrad {gengrad.__version__} reads {FORMAT}"
-        )
-    if seal != _seal(description):
-        raise ValueError(f"{directory / DESCRIPTION} is damaged or was edited; train again or restore the file")
-    content = _weights(directory, digest)
-    try:
-        return Flow.rebuild(description, load_tensors(content)).to(device)
-    except (SafetensorError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        return Flow.rebuild(description, tensors).to(device)
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{directory} does not hold a flow that this version can build: {error}") from None
-
-
-def _seal(description: dict) -> str:
-    """SHA-256 of a description, so that an altered solver or time is seen like an altered weight."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-
-
-def _finish_rename(directory: Path, waiting: Path) -> None:
-    """Completes a save that was killed before its last rename, or the weights of the present description would go."""
-    if waiting.exists() and (directory / DESCRIPTION).exists():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["sha256"]
-            if sha256_of(waiting) == described:
-                os.replace(waiting, directory / WEIGHTS)
-
-
-def _weights(directory: Path, digest: str) -> bytes:
-    """The weights with the described hash, also when the save that wrote them was killed at its last rename."""
-    for name in (WEIGHTS, WEIGHTS + WAITING):
-        if (directory / name).is_file() and sha256_of(directory / name) == digest:
-            return (directory / name).read_bytes()
-    raise ValueError(
-        f"{directory / WEIGHTS} is missing, truncated or altered: its SHA-256 is not the one in {DESCRIPTION}. "
-        "Resume the training to its next checkpoint to write it again, or restore both files together"
-    )

@@ -216,3 +216,17 @@ def test_a_bug_of_gengrads_shows_its_place_and_a_mistake_only_its_message(capsys
     assert guarded(lambda given: read_array("nothing.npy"), None) == 2
     assert guarded(lambda given: METHODS.get("nsfg"), None) == 2
     assert "Did you mean" in capsys.readouterr().err
+
+
+def test_out_of_gpu_memory_says_what_to_lower(small, monkeypatch, capsys):
+    import torch
+
+    from gengrad.methods.flow_matching import StraightStage
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(StraightStage, "objective", full)
+    assert main(["train", str(small("full", method={"name": "flow_matching"}))]) == 2
+    message = capsys.readouterr().err
+    assert "out of GPU memory (CUDA out of memory)" in message and "train.batch_size" in message

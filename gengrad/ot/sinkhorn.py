@@ -79,9 +79,7 @@ class SinkhornResult:
 
 def _options(tol, max_iter, debias, skip_self_mass, max_memory, products, backend) -> Options:
     if not tol > 0:
-        raise ValueError(
-            f"sinkhorn: tol is {tol}; it must be positive: the relative error of the velocity (1e-2)."
-        )
+        raise ValueError(f"sinkhorn: tol is {tol}; it must be positive: the relative error of the velocity (1e-2).")
     if not max_iter >= 1:
         raise ValueError(f"sinkhorn: max_iter is {max_iter}; it must be at least 1.")
     for name, value, allowed in (
@@ -131,9 +129,7 @@ def _result(p: Problem, r: Solution, backend: str) -> SinkhornResult:
         named["self_target"] = None if r.self_target is None else r.self_target + centre
     elif r.self_target is not None and r.self_target.data_ptr() == x.data_ptr():
         named["self_target"] = x.clone()  # a skipped self map: no alias of the caller's points
-    return SinkhornResult(
-        **named, epsilon=eps, backend=backend, _x=x, _y=y, _b=b, _versions=(x._version, y._version)
-    )
+    return SinkhornResult(**named, epsilon=eps, backend=backend, _x=x, _y=y, _b=b, _versions=(x._version, y._version))
 
 
 @torch.no_grad()

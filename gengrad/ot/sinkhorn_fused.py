@@ -1,13 +1,14 @@
-"""One fp32 problem on a CPU through the fused kernels of `sinkhorn_numba`; mirrors `sinkhorn_solve.solve_torch`.
+"""fp32 problems on a CPU through the fused kernels of `sinkhorn_numba`; mirrors `sinkhorn_solve.solve_torch`.
 
 At a few hundred points the calls themselves cost more than the arithmetic, so this file speaks NumPy and plain
-numbers between few, long kernels.
+numbers between few, long kernels: tensors become arrays once on the way in, and arrays tensors once on the way out.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .sinkhorn_solve import FIRST_SELF_GOAL, SELF_SHARE, Options, Solution, boun
 F = np.float32
 ROUNDING = float(np.finfo(F).eps)
 EMPTY, NONE = np.empty((0, 0), F), np.empty(0, F)
+CPU = torch.device("cpu")
 NARROW = 16  # up to so many dimensions row averages are taken without a matrix product
 KEEP = 2**28  # bytes of workspace kept between calls, per thread and buffer
 _workspaces = threading.local()
@@ -46,18 +48,64 @@ def symmetric_product(x: Tensor, out: Tensor, blocks: int = 8) -> None:
         torch.mm(x[i : i + size], x[i:].T, out=out[i : i + size, i:])
 
 
+class Clouds(NamedTuple):
+    """One problem as arrays and numbers; the letters of `Problem`. A field of the batch is cut where it is read."""
+
+    x: np.ndarray  # (n, d)
+    y: np.ndarray  # (m, d)
+    a: np.ndarray  # (n,)
+    b: np.ndarray  # (m,)
+    half_x: np.ndarray  # (n,)
+    half_y: np.ndarray  # (m,)
+    mean_x: np.ndarray  # (d,)
+    mean_y: np.ndarray  # (d,)
+    centre: np.ndarray  # (d,), or empty
+    eps: float
+    cost: float  # mean of |x - y|^2 / 2
+
+
+class Answers(NamedTuple):
+    """The arrays that a solve fills, of one problem or (leading axis) of a batch, as `Solution` has them."""
+
+    f: np.ndarray
+    g: np.ndarray
+    target: np.ndarray
+    velocity: np.ndarray
+    self_target: np.ndarray
+    self_potential: np.ndarray
+    numbers: np.ndarray  # velocity_error, marginal_error, effective_neighbours, value, self_mass, self_value
+    converged: np.ndarray
+    iterations: np.ndarray
+
+
+def read_clouds(p: Problem) -> list[Clouds]:
+    """Every problem of the batch, without a copy."""
+    named = (p.x, p.y, p.a, p.b, p.half_x, p.half_y, p.mean_x, p.mean_y)
+    columns = [t.numpy() for t in named] + [[NONE] * len(p.x) if p.centre is None else p.centre.numpy()[:, 0]]
+    return [Clouds(*row) for row in zip(*columns, p.eps.tolist(), p.mean_cost.tolist())]
+
+
+def room(p: Problem) -> Answers:
+    """Unfilled answers, with a batch dimension only if the caller's clouds have one."""
+    (batch, n, d), m = p.x.shape, p.y.shape[1]
+    lead = () if p.single else (batch,)
+    vectors = [np.empty((*lead, size), F) for size in (n, m, n)]
+    maps = [np.empty((*lead, n, d), F) for _ in range(3)]
+    numbers = np.empty((*lead, 6), F), np.empty(lead, np.bool_), np.empty(lead, np.int64)
+    return Answers(*vectors[:2], *maps, vectors[2], *numbers)
+
+
 class OwnMap:
     """The barycentric map of x onto itself, by the symmetric scaling u, P_ij = K_ij u_i u_j, K of unit diagonal."""
 
-    def __init__(
-        self, problem: Problem, options: Options, half: np.ndarray, eps: float, spread: float, warm, out
-    ):
-        self.x, self.half, self.eps, self.spread, self.options = problem.x[0], half, eps, spread, options
-        self.points, self.a = self.x.numpy(), problem.a.numpy()[0]
+    def __init__(self, clouds: Clouds, options: Options, variance: float, spread: float, warm: np.ndarray | None, out):
+        self.clouds, self.options, self.spread, self.out = clouds, options, spread, out
         self.error, self.mass, self.total, self.kernel, self.ku = math.inf, 1.0, 1.0, None, EMPTY
-        self.out, self.u = out, np.sqrt(self.a) if warm is None else np.exp(warm[0].numpy() + half / F(eps))
-        if coordinates := bound_coordinates(problem, options):
-            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps, coordinates)
+        self.xt, (n, d) = _columns(clouds.x), clouds.x.shape
+        self.u = np.sqrt(clouds.a) if warm is None else np.exp(warm + clouds.half_x / F(clouds.eps))
+        if coordinates := bound_coordinates(variance / clouds.eps, n, d, options):
+            x, a, eps = torch.from_numpy(clouds.x), torch.from_numpy(clouds.a), torch.tensor([clouds.eps])
+            mass, bound = core.skip_bound(x[None], a[None], eps, coordinates)
             if float(mass) >= options.skip_self_mass:
                 self.mass, self.error = float(mass), float(bound)
         self.skipped = self.error < math.inf
@@ -66,28 +114,23 @@ class OwnMap:
         """Bring the rms error below `goal` if it is not; True when the map changed. Works in the upper triangle."""
         if self.error <= goal:
             return False
+        c, o = self.clouds, self.options
         if self.kernel is None:
-            n, dot, self.xt = len(self.x), EMPTY, _columns(self.points)
+            (n, d), dot = c.x.shape, EMPTY
             self.kernel = workspace("self", n, n)[1]
-            if self.x.shape[1] > fused.DIRECT:
+            if d > fused.DIRECT:
                 products, dot = workspace("products", n, n)
-                symmetric_product(self.x, products)
-            own_kernels.self_kernel(dot, self.points, self.xt, self.half, F(1.0 / self.eps), self.kernel)
+                symmetric_product(torch.from_numpy(c.x), products)
+            own_kernels.self_kernel(dot, c.x, self.xt, c.half_x, F(1.0 / c.eps), self.kernel)
         self.ku, _, self.error, self.total, self.mass = own_kernels.solve_self(
-            self.kernel,
-            self.u,
-            self.a,
-            self.spread,
-            goal,
-            residual_goal(self.options.tol),
-            min(self.options.max_iter, 200),
+            self.kernel, self.u, c.a, self.spread, goal, residual_goal(o.tol), min(o.max_iter, 200)
         )
         self.skipped = False
         return True
 
     def seen(self) -> np.ndarray:
-        """The map through the probe directions: all that the stopping rule looks at, for a few passes of the kernel."""
-        points = _seen(self.points)
+        """The map through the probe directions: all that the stopping rule looks at, for one pass of the kernel."""
+        points = _seen(self.clouds.x)
         if self.kernel is None:
             return points
         shown = np.empty_like(points)
@@ -96,20 +139,21 @@ class OwnMap:
 
     def target(self) -> np.ndarray:
         """The map itself (n, d). Overwrites the products."""
+        x = self.clouds.x
         if self.kernel is None:
-            return self.points
-        if self.x.shape[1] <= NARROW:
+            return x
+        if x.shape[1] <= NARROW:
             own_kernels.symmetric_averages(self.kernel, self.u, self.ku, self.xt, self.out)
             return self.out
         tensor, plan = workspace("products", *self.kernel.shape)
         own_kernels.symmetric_plan(self.kernel, self.u, self.ku, plan)
-        torch.mm(tensor, self.x, out=torch.from_numpy(self.out))
+        torch.mm(tensor, torch.from_numpy(x), out=torch.from_numpy(self.out))
         return self.out
 
-    def potential(self) -> tuple[np.ndarray, float]:
-        """h, and OT(x, x) as its dual value 2 <a, h> - eps (sum P - 1)."""
-        h, inner = own_kernels.log_ratio(self.u, self.a, self.eps)
-        return h, 2 * inner - self.eps * (self.total - 1)
+    def potential(self, h: np.ndarray) -> float:
+        """Fills in h; returns OT(x, x) as its dual value 2 <a, h> - eps (sum P - 1)."""
+        inner = own_kernels.log_ratio(self.u, self.clouds.a, self.clouds.eps, h)
+        return 2 * inner - self.clouds.eps * (self.total - 1)
 
 
 def _columns(points: np.ndarray) -> np.ndarray:
@@ -119,89 +163,87 @@ def _columns(points: np.ndarray) -> np.ndarray:
 
 def _seen(points: np.ndarray) -> np.ndarray:
     """The points through the probe directions of `sinkhorn_core`."""
-    omega = core.probes(points.shape[1], torch.float32, torch.device("cpu"))
+    omega = core.probes(points.shape[1], torch.float32, CPU)
     return points if omega is None else torch.mm(torch.from_numpy(points), omega).numpy()
 
 
-def _rms(gap: np.ndarray, a: np.ndarray) -> float:
-    return math.sqrt(float(np.dot(a, np.einsum("ij,ij->i", gap, gap))))
+def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
+    """Solve the problems of a batch in turn; arguments as `solve_torch`, the solution in the caller's coordinates.
 
-
-def solve_fused(
-    problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None, maps=None
-) -> Solution:
-    """Solve one problem (a batch of one); arguments as `solve_torch`, the solution without batch dimension.
-
-    `maps` are (n, d) arrays to hold target, velocity and self map; by default fresh ones.
+    It has a batch dimension only if the caller's clouds have.
     """
-    maps = [np.empty(problem.x.shape[1:], F) for _ in range(3)] if maps is None else maps
-    p, o, x, y = problem, options, problem.x[0], problem.y[0]
-    n, m, d, eps, cost = len(x), len(y), x.shape[1], float(p.eps), float(p.mean_cost)
-    xn, yn = x.numpy(), y.numpy()
-    a, b, half_x, half_y, mean_x, mean_y = (
-        t.numpy()[0] for t in (p.a, p.b, p.half_x, p.half_y, p.mean_x, p.mean_y)
-    )
-    log_b, var_x, var_y, rate = own_kernels.prepare(xn, yn, half_x, half_y, mean_x, mean_y, a, b, eps)
+    answers, o = room(problem), options
+    for i, clouds in enumerate(read_clouds(problem)):
+        at = ... if problem.single else i
+        warm = (None if t is None else t.numpy()[i] for t in (s, s_self))
+        part = Answers(*(t[at] for t in answers[:7]), None, None)
+        answers.converged[at], answers.iterations[at] = solve_one(clouds, o, *warm, part)
+    f, g, target, velocity, own, h, numbers, done, sweeps = map(torch.from_numpy, answers)
+    error, marginal, neighbours, value, self_mass, self_value = numbers.unbind(-1)
+    solution = Solution(f, g, target, velocity, done, error, sweeps, marginal, neighbours, value)
+    if o.debias:
+        solution.self_target, solution.self_potential = own, h
+        solution.self_mass, solution.self_value = self_mass, self_value
+    return solution
+
+
+def solve_one(c: Clouds, o: Options, s: np.ndarray | None, s_self: np.ndarray | None, out: Answers) -> tuple[bool, int]:
+    """One problem into `out`; whether it converged, and its sweeps."""
+    (n, d), m, cost, eps = c.x.shape, len(c.y), c.cost, c.eps
+    log_b, var_x, var_y, rate = own_kernels.prepare(c.x, c.y, c.half_x, c.half_y, c.mean_x, c.mean_y, c.a, c.b, eps)
     spread, root = math.sqrt(min(d * eps, 2 * cost)), math.sqrt(1 - rate)
     floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) * (1 + root) / (2 * root)
-    own = OwnMap(p, o, half_x, eps, spread, s_self, maps[2]) if o.debias else None
+    own = OwnMap(c, o, d * var_x, spread, s_self, out.self_target) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))
-    dot, (kernel, k), yt, sweeps = EMPTY, workspace("kernel", n, m), _columns(yn), 0
+    dot, (kernel, k), yt, sweeps = EMPTY, workspace("kernel", n, m), _columns(c.y), 0
     if d > fused.DIRECT:
         products, dot = workspace("products", n, m)
-        torch.mm(x, y.T, out=products)
+        torch.mm(torch.from_numpy(c.x), torch.from_numpy(c.y).T, out=products)
     if s is None:
         sweeps = max(0, math.floor(math.log(max(cost / eps, 1.0), core.STAGE_RATIO)))
         psi = own_kernels.gaussian_start(
-            yn, half_y, mean_x, mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps
+            c.y, c.half_y, c.mean_x, c.mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps
         )
-        s = fused.anneal(dot, xn, yt, psi, log_b, eps, a, b, sweeps)
+        s = fused.anneal(dot, c.x, yt, psi, log_b, eps, c.a, c.b, sweeps)
     else:
-        s = s.numpy()[0].copy()
-    zt, log_row, share = np.ascontiguousarray(_seen(yn).T), np.empty(n, F), (1 - SELF_SHARE) * o.tol
-    base = _seen(xn) if own is None else own.seen()
+        s = s.copy()
+    zt, log_row, share = np.ascontiguousarray(_seen(c.y).T), np.empty(n, F), (1 - SELF_SHARE) * o.tol
+    base = _seen(c.x) if own is None else own.seen()
     while True:
         v, more, marginal, error, shot, rate = fused.solve_pair(
-            dot, xn, yt, s, F(1.0 / eps), a, b, zt, base, share, 0.5 * floor,
+            dot, c.x, yt, s, F(1.0 / eps), c.a, c.b, zt, base, share, 0.5 * floor,
             max(o.max_iter - sweeps, 1), rate, k, log_row,
         )  # fmt: skip
         sweeps += more
-        if own is None or not own.reach(max(SELF_SHARE * o.tol * fused.rms_gap(shot, base, a), 0.5 * floor)):
+        if own is None or not own.reach(max(SELF_SHARE * o.tol * fused.rms_gap(shot, base, c.a), 0.5 * floor)):
             break
         base = own.seen()  # refined for a speed that turned out small, which changes the speed a little
-        if sweeps >= o.max_iter or error <= max(share * fused.rms_gap(shot, base, a), 0.5 * floor):
+        if sweeps >= o.max_iter or error <= max(share * fused.rms_gap(shot, base, c.a), 0.5 * floor):
             break
-    return _finish(p, o, own, kernel, v, s, log_b, log_row, (sweeps, marginal, error, floor), maps)
+    return finish(c, o, own, kernel, (v, s, log_b, log_row), (marginal, error, floor), out), sweeps
 
 
-def _finish(
-    p: Problem, o: Options, own: OwnMap | None, kernel: Tensor, v, s, log_b, log_row, state, maps
-) -> Solution:
-    """The maps and numbers of `sinkhorn_solve.finish`; spends the kernel."""
-    x, y, (sweeps, marginal, error, floor) = p.x[0], p.y[0], state
-    k, solved, (target, velocity) = kernel.numpy(), own is not None and not own.skipped, maps[:2]
-    mean_s, own_target = own_kernels.row_means(k, v, s), x.numpy() if own is None else own.target()
-    if y.shape[1] <= NARROW:
-        fused.averages(k, v, _columns(y.numpy()), target)
+def finish(c: Clouds, o: Options, own: OwnMap | None, kernel: Tensor, state, errors, out: Answers) -> bool:
+    """The maps and numbers of `sinkhorn_solve.finish`; spends the kernel. True if the tolerance is met."""
+    (v, s, log_b, log_row), (marginal, error, floor), k = state, errors, kernel.numpy()
+    own_target, solved = c.x if own is None else own.target(), own is not None and not own.skipped
+    if c.y.shape[1] <= NARROW:
+        mean_s = own_kernels.row_means(k, v, s)
+        fused.averages(k, v, _columns(c.y), out.target)
     else:
-        own_kernels.normalise(k, v)
-        torch.mm(kernel, y, out=torch.from_numpy(target))
-    f, g, speed, value, neighbours = own_kernels.finish(
-        x.numpy(), target, own_target, solved, velocity,
-        NONE if p.centre is None else p.centre.numpy()[0, 0], p.a.numpy()[0], p.b.numpy()[0],
-        s, log_b, log_row, mean_s, p.half_x.numpy()[0], p.half_y.numpy()[0], float(p.eps),
+        mean_s = own_kernels.normalise(k, v, s)
+        torch.mm(kernel, torch.from_numpy(c.y), out=torch.from_numpy(out.target))
+    speed, value, neighbours = own_kernels.finish(
+        c.x, out.target, own_target, solved, out.velocity, c.centre, c.a, c.b, s, log_b, log_row, mean_s,
+        c.half_x, c.half_y, c.eps, out.f, out.g,
     )  # fmt: skip
-    error += 0.0 if own is None else own.error
-    good = error <= max(o.tol * speed, floor) and math.isfinite(speed)
-    solution = Solution(
-        *map(torch.from_numpy, (f, g, target, velocity)), torch.tensor(good),
-        torch.tensor((error + floor) / max(speed, 1e-37)), torch.tensor(sweeps), torch.tensor(marginal),
-        torch.tensor(neighbours), torch.tensor(value),
-    )  # fmt: skip
+    mass, self_value = 1.0, 0.0
     if own is not None:
-        h, own_value = own.potential()
-        solution.self_target = torch.from_numpy(own_target) if solved else p.back(p.x)[0]
-        solution.self_potential, solution.self_mass = torch.from_numpy(h), torch.tensor(own.mass)
-        solution.self_value = torch.tensor(own_value)
-    return solution
+        error += own.error
+        mass, self_value = own.mass, own.potential(out.self_potential)
+        if not solved:  # its own array: no alias of the caller's points
+            np.add(c.x, c.centre if len(c.centre) else F(0.0), out=out.self_target)
+    relative = (error + floor) / max(speed, 1e-37)
+    out.numbers[:] = relative, marginal, neighbours, value, mass, self_value
+    return error <= max(o.tol * speed, floor) and math.isfinite(speed)

@@ -80,42 +80,60 @@ def solve_self(kernel, u, a, spread, goal, residual_goal, max_iter):
 
 
 @jit
-def log_ratio(u, a, eps):
-    """h = eps log(u / a), and <a, h>."""
-    h, inner = np.empty(u.shape[0], F), 0.0
+def log_ratio(u, a, eps, h):
+    """Fills in h = eps log(u / a); returns <a, h>."""
+    inner = 0.0
     for i in range(u.shape[0]):
         h[i] = eps * (log32(largest(u[i], F(1e-37))) - log32(largest(a[i], F(1e-37))))
         inner += a[i] * h[i]
-    return h, inner
+    return inner
 
 
 @jit
 def symmetric_averages(kernel, u, ku, xt, out):
-    """out (n, p) = sum_j K_ij u_j x_j / (K u)_i for xt (p, n), from the upper triangle."""
+    """out (n, p) = sum_j K_ij u_j x_j / (K u)_i for xt (p, n), in one reading of the upper triangle."""
     n, p = u.shape[0], xt.shape[0]
-    w, column = np.empty(n, F), np.empty(n, F)
+    w, columns = np.empty((p, n), F), np.zeros((p, n), F)
     for q in range(p):
         for j in range(n):
-            w[j] = u[j] * xt[q, j]
-        symmetric_times(kernel, w, column)
-        for i in range(n):
-            out[i, q] = column[i] / ku[i]
+            w[q, j] = u[j] * xt[q, j]
+    for i in range(n):
+        row = kernel[i, i + 1 :]
+        for q in range(p):
+            other, below, wi = w[q, i + 1 :], columns[q, i + 1 :], w[q, i]
+            total = kernel[i, i] * wi
+            for j in range(row.shape[0]):
+                total += row[j] * other[j]
+                below[j] += row[j] * wi
+            columns[q, i] += total
+    for i in range(n):
+        for q in range(p):
+            out[i, q] = columns[q, i] / ku[i]
 
 
 @jit
 def symmetric_plan(kernel, u, ku, out):
-    """out_ij = K_ij u_j / (K u)_i, in full from the upper triangle, in tiles that stay in cache."""
+    """out_ij = K_ij u_j / (K u)_i, in full from the upper triangle.
+
+    In tiles, through a small buffer: reading a column of a matrix whose rows are a power of two apart would hit the
+    same few lines of the cache again and again.
+    """
     n, tile = u.shape[0], 32
+    held = np.empty((tile, tile), F)
     for i0 in range(0, n, tile):
+        rows = min(i0 + tile, n)
         for j0 in range(i0, n, tile):
-            for i in range(i0, min(i0 + tile, n)):
-                scale = F(1.0) / ku[i]
-                for j in range(max(i, j0), min(j0 + tile, n)):
-                    out[i, j] = kernel[i, j] * u[j] * scale
-            for j in range(j0, min(j0 + tile, n)):
-                scale = F(1.0) / ku[j]
-                for i in range(i0, min(i0 + tile, j)):
-                    out[j, i] = kernel[i, j] * u[i] * scale
+            width = min(j0 + tile, n) - j0
+            for i in range(i0, rows):
+                first, ui, scale = i - i0 if i0 == j0 else 0, u[i], F(1.0) / ku[i]
+                row, above, keep, uj = kernel[i, j0:], out[i, j0:], held[i - i0], u[j0:]
+                for j in range(first, width):
+                    keep[j] = row[j] * ui
+                    above[j] = row[j] * uj[j] * scale
+            for j in range(width):
+                last, below, scale = j if i0 == j0 else rows - i0, out[j0 + j, i0:], F(1.0) / ku[j0 + j]
+                for i in range(last):
+                    below[i] = held[i, j] * scale
 
 
 @inner
@@ -152,25 +170,41 @@ def top_variance(x, points, rounds):
     return variance
 
 
-@njit(
-    fastmath={"reassoc", "contract", "arcp", "nsz"}, nogil=True, cache=True
-)  # here inf and NaN must get through
+FINITE = {"reassoc", "contract", "arcp", "nsz"}  # fast arithmetic that lets inf and NaN through
+
+
+@njit(fastmath=FINITE, nogil=True, cache=True, forceinline=True)
+def _cloud_moments(points, w, half, mean):
+    """Half the squared norms, the mean, and the mean of the former; two plain loops, which the compiler vectorises."""
+    second = 0.0
+    mean[:] = F(0.0)
+    for i in range(points.shape[0]):
+        square = F(0.0)
+        for k in range(points.shape[1]):
+            square += points[i, k] * points[i, k]
+        half[i] = F(0.5) * square
+        second += w[i] * half[i]
+    for i in range(points.shape[0]):
+        wi = w[i]
+        for k in range(points.shape[1]):
+            mean[k] += wi * points[i, k]
+    return second
+
+
+@njit(fastmath=FINITE, nogil=True, cache=True)
 def moments(x, y, a, b):
-    """See `sinkhorn_problem._moments`."""
-    d, second, inner = x.shape[1], 0.0, 0.0
-    half_x, half_y = np.empty(x.shape[0], F), np.empty(y.shape[0], F)
-    mean_x, mean_y = np.zeros(d, F), np.zeros(d, F)
-    for points, w, half, mean in ((x, a, half_x, mean_x), (y, b, half_y, mean_y)):
-        for i in range(points.shape[0]):
-            square, wi = F(0.0), w[i]
-            for k in range(d):
-                square += points[i, k] * points[i, k]
-                mean[k] += wi * points[i, k]
-            half[i] = F(0.5) * square
-            second += wi * half[i]
-    for k in range(d):
-        inner += mean_x[k] * mean_y[k]
-    return half_x, half_y, mean_x, mean_y, second - inner
+    """See `sinkhorn_problem._moments`; batches (B, n, d), (B, m, d)."""
+    half_x, half_y = np.empty(a.shape, F), np.empty(b.shape, F)
+    mean_x, mean_y = np.empty((x.shape[0], x.shape[2]), F), np.empty((x.shape[0], x.shape[2]), F)
+    cost, offset = np.empty(x.shape[0]), np.empty(x.shape[0])
+    for p in range(x.shape[0]):
+        second = _cloud_moments(x[p], a[p], half_x[p], mean_x[p]) + _cloud_moments(y[p], b[p], half_y[p], mean_y[p])
+        inner, square = 0.0, 0.0
+        for k in range(x.shape[2]):
+            inner += mean_x[p, k] * mean_y[p, k]
+            square += mean_y[p, k] * mean_y[p, k]
+        cost[p], offset[p] = second - inner, square
+    return half_x, half_y, mean_x, mean_y, cost, offset
 
 
 @jit
@@ -208,18 +242,22 @@ def gaussian_start(y, half_y, mean_x, mean_y, var_x, var_y, eps):
 
 
 @jit
-def normalise(kernel, v):
-    """K_ij <- K_ij v_j / sum_j K_ij v_j, in place."""
+def normalise(kernel, v, s):
+    """K_ij <- K_ij v_j / sum_j K_ij v_j, in place; returns the row averages of s under it."""
     n, m = kernel.shape
+    mean = np.empty(n, F)
     for i in range(n):
-        total = F(0.0)
+        total, other = F(0.0), F(0.0)
         for j in range(m):
             w = kernel[i, j] * v[j]
             kernel[i, j] = w
             total += w
+            other += w * s[j]
         scale = F(1.0) / total
         for j in range(m):
             kernel[i, j] *= scale
+        mean[i] = other * scale
+    return mean
 
 
 @jit
@@ -238,14 +276,13 @@ def row_means(kernel, v, s):
 
 
 @jit
-def finish(x, target, base, own, velocity, centre, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps):
-    """Fill in the velocity; its rms, the potentials in their gauge, the value and the effective neighbours.
+def finish(x, target, base, own, velocity, centre, a, b, s, log_b, log_row, mean_s, half_x, half_y, eps, f, g):
+    """Fill in the velocity and the potentials f, g in their gauge; the velocity's rms, the value, effective neighbours.
 
     See `sinkhorn_solve.finish`. `target` and, if it is the solved self map (`own`), `base`, which the velocity
     subtracts, leave in the caller's coordinates.
     """
     n, m, d = x.shape[0], s.shape[0], x.shape[1]
-    f, g = np.empty(n, F), np.empty(m, F)
     speed, neighbours, sum_f, sum_g = 0.0, 0.0, 0.0, 0.0
     for i in range(n):
         square, inner = F(0.0), F(0.0)
@@ -271,4 +308,4 @@ def finish(x, target, base, own, velocity, centre, a, b, s, log_b, log_row, mean
         f[i] -= gauge
     for j in range(m):
         g[j] += gauge
-    return f, g, math.sqrt(speed), sum_f + sum_g, neighbours
+    return math.sqrt(speed), sum_f + sum_g, neighbours

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +21,7 @@ class Problem:
     b: Tensor  # (B, m)
     eps: Tensor  # (B,)
     mean_cost: Tensor  # (B,)
-    centre: (
-        Tensor | None
-    )  # (B, 1, d), already taken off both clouds; None where they lie near the origin anyway
+    centre: Tensor | None  # (B, 1, d), already taken off both clouds; None where they lie near the origin anyway
     mean_x: Tensor  # (B, d)
     mean_y: Tensor  # (B, d)
     half_x: Tensor  # (B, n) half the squared norms, after centring
@@ -96,24 +93,18 @@ def _weights(name: str, w: Tensor | None, points: Tensor, single: bool) -> Tenso
     return w / total[:, None]
 
 
-def _epsilon(
-    epsilon, epsilon_rel: float, costs: list[float], dtype: torch.dtype, single: bool
-) -> list[float]:
+def _epsilon(epsilon, epsilon_rel: float, costs: list[float], dtype: torch.dtype, single: bool) -> list[float]:
     """One strength per problem, from the mean costs; plain numbers, as small solves are bound by their calls."""
     if epsilon is None:
         if not epsilon_rel > 0:
-            raise ValueError(
-                f"sinkhorn: epsilon_rel is {epsilon_rel}; it must be positive (useful: 0.005 to 0.5)."
-            )
+            raise ValueError(f"sinkhorn: epsilon_rel is {epsilon_rel}; it must be positive (useful: 0.005 to 0.5).")
         # no spread at all (every x equals every y): any epsilon gives the same answer, so take epsilon_rel itself
         return [epsilon_rel * c if epsilon_rel * c > 1e-30 else epsilon_rel for c in costs]
     values = epsilon.tolist() if isinstance(epsilon, Tensor) else epsilon
     values = list(values) if isinstance(values, (list, tuple)) else [float(values)] * len(costs)
     if len(values) != len(costs) or (isinstance(epsilon, Tensor) and epsilon.ndim > 1):
         allowed = "a number" if single else f"a number or a tensor of shape ({len(costs)},)"
-        raise ValueError(
-            f"sinkhorn: epsilon has shape {tuple(torch.as_tensor(epsilon).shape)}; allowed: {allowed}."
-        )
+        raise ValueError(f"sinkhorn: epsilon has shape {tuple(torch.as_tensor(epsilon).shape)}; allowed: {allowed}.")
     if not all(0 < e < math.inf for e in values):
         raise ValueError(
             f"sinkhorn: epsilon is {epsilon}; it must be positive and finite, in the units of |x - y|^2. For exact "
@@ -149,35 +140,36 @@ def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) 
     x, y = (x[None], y[None]) if single else (x, y)
     a, b = _weights("a", a, x, single), _weights("b", b, y, single)
     x, y = x.detach().contiguous(), y.detach().contiguous()
-    half_x, half_y, mean_x, mean_y, mean_cost = _moments(x, y, a, b)
-    costs = mean_cost.tolist()
+    *moments, costs, offsets = _moments(x, y, a, b)
     if not all(map(math.isfinite, costs)):  # any infinite or undefined entry ends up here
         _refuse_infinite("x", given[0])
         _refuse_infinite("y", given[1])
         raise ValueError(f"sinkhorn: squared distances overflow {x.dtype}; rescale, or use .double().")
     centre = None
-    if any(square > c for square, c in zip(mean_y.square().sum(-1).tolist(), costs)):
-        centre = mean_y[:, None]  # far from the origin the products would cancel
+    if any(square > c for square, c in zip(offsets, costs)):
+        centre = moments[3][:, None]  # the mean of y: far from the origin the products would cancel
         x, y = x - centre, y - centre
-        half_x, half_y, mean_x, mean_y, mean_cost = _moments(x, y, a, b)
-        costs = mean_cost.tolist()
-    eps = _epsilon(epsilon, epsilon_rel, costs, x.dtype, single)
-    eps = torch.tensor(eps, dtype=x.dtype, device=x.device)
+        *moments, costs, _ = _moments(x, y, a, b)
+    half_x, half_y, mean_x, mean_y = moments
+    eps = torch.tensor(_epsilon(epsilon, epsilon_rel, costs, x.dtype, single), dtype=x.dtype, device=x.device)
+    mean_cost = torch.tensor(costs, dtype=x.dtype, device=x.device)
     return Problem(x, y, a, b, eps, mean_cost, centre, mean_x, mean_y, half_x, half_y, single)
 
 
-def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-    """Half squared norms, means, and E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y, in O((n + m) d)."""
+def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple:
+    """Half squared norms and means; per problem, as numbers, the mean cost and |mean_y|^2. In O((n + m) d), by
+
+    E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y.
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and has_numba():
         from .sinkhorn_numba_own import moments
 
-        parts = [moments(*(t[i].numpy() for t in (x, y, a, b))) for i in range(len(x))]
-        *arrays, costs = zip(*parts)
-        return *(torch.from_numpy(np.stack(t)) for t in arrays), torch.tensor(costs).clamp_min(0.0)
+        *arrays, cost, offset = moments(x.numpy(), y.numpy(), a.numpy(), b.numpy())
+        return *map(torch.from_numpy, arrays), [max(c, 0.0) if c == c else c for c in cost.tolist()], offset.tolist()
     half_x, half_y = (0.5 * torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
     mean_x, mean_y = (torch.bmm(w[:, None, :], t)[:, 0] for w, t in ((a, x), (b, y)))
     cost = (a * half_x).sum(1) + (b * half_y).sum(1) - (mean_x * mean_y).sum(1)
-    return half_x, half_y, mean_x, mean_y, cost.clamp_min(0.0)
+    return half_x, half_y, mean_x, mean_y, cost.clamp_min(0.0).tolist(), mean_y.square().sum(-1).tolist()
 
 
 @lru_cache(maxsize=1)

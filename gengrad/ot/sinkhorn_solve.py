@@ -63,9 +63,7 @@ def stages(problem: Problem) -> int:
 
 def self_start(problem: Problem) -> Tensor:
     """log of the symmetric scalings that isolated points have, u = 1."""
-    return 0.5 * torch.log(problem.a).clamp_min(-1e4) - problem.x.square().sum(-1) / (
-        2 * problem.eps[:, None]
-    )
+    return 0.5 * torch.log(problem.a).clamp_min(-1e4) - problem.x.square().sum(-1) / (2 * problem.eps[:, None])
 
 
 def row_radius(problem: Problem) -> Tensor:
@@ -76,9 +74,7 @@ def row_radius(problem: Problem) -> Tensor:
 def resolution(problem: Problem) -> Tensor:
     """Rms velocity below which rounding in x . y / eps hides it, (B,); in fp64 about 1e-13 of the clouds' size."""
     rounding = torch.finfo(problem.x.dtype).eps * (1 + problem.mean_cost / problem.eps)
-    return 2 * rounding * row_radius(problem) + torch.finfo(problem.x.dtype).eps * torch.sqrt(
-        problem.mean_cost
-    )
+    return 2 * rounding * row_radius(problem) + torch.finfo(problem.x.dtype).eps * torch.sqrt(problem.mean_cost)
 
 
 def residual_goal(tol: float) -> float:
@@ -86,19 +82,16 @@ def residual_goal(tol: float) -> float:
     return min(0.05, max(5 * tol, 1e-5))
 
 
-def bound_coordinates(problem: Problem, options: Options) -> int:
+def bound_coordinates(far: float, n: int, d: int, options: Options) -> int:
     """Coordinates after which `skip_bound` should succeed; 0 if it is not worth trying.
 
-    The mean of |x_i - x_j|^2 / (2 eps) is `far`; among k of d coordinates about k / d of it, of which the nearest
+    `far` is the mean of |x_i - x_j|^2 / (2 eps); among k of d coordinates about k / d of it, of which the nearest
     of n points keep, say, two thirds; the bound wants e^15 beyond n neighbours.
     """
-    x = problem.x
-    if options.skip_self_mass > 1 or x.shape[-1] <= 128:
+    if options.skip_self_mass > 1 or d <= 128:
         return 0
-    variance = 2 * (problem.a * problem.half_x).sum(-1) - problem.mean_x.square().sum(-1)
-    far = float((variance / problem.eps).min())
-    count = math.ceil(x.shape[-1] * 1.5 * (math.log(x.shape[1]) + 15) / max(far, 1e-30))
-    return max(count, 64) if count <= x.shape[-1] // 2 else 0
+    count = math.ceil(d * 1.5 * (math.log(n) + 15) / max(far, 1e-30))
+    return max(count, 64) if count <= d // 2 else 0
 
 
 class SelfMap:
@@ -114,7 +107,9 @@ class SelfMap:
             torch.ones_like(problem.eps),
         )
         self.error = torch.full_like(problem.eps, math.inf)
-        if coordinates := bound_coordinates(problem, options):
+        variance = 2 * (problem.a * problem.half_x).sum(-1) - problem.mean_x.square().sum(-1)
+        far = float((variance / problem.eps).min())
+        if coordinates := bound_coordinates(far, *problem.x.shape[1:], options):
             mass, bound = core.skip_bound(problem.x, problem.a, problem.eps, coordinates)
             if bool((mass >= options.skip_self_mass).all()):
                 self.mass, self.error = mass, bound
@@ -237,45 +232,25 @@ def choose_backend(problem: Problem, options: Options) -> str:
     if o.products != "same":
         reasons.append(f"it has no products={o.products!r}")
     if o.backend == "numba" and reasons:
-        raise ValueError(
-            f'sinkhorn: backend="numba" cannot run: {"; ".join(reasons)}. Use "auto" or "torch".'
-        )
+        raise ValueError(f'sinkhorn: backend="numba" cannot run: {"; ".join(reasons)}. Use "auto" or "torch".')
     return "torch" if reasons or o.backend == "torch" else "numba"
 
 
-def solve(
-    problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None
-) -> tuple[Solution, str]:
+def solve(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> tuple[Solution, str]:
     """Solve with the chosen backend; the solution has a batch dimension only if the caller's clouds have.
 
     On a CPU problems of some size go one at a time: same work, faster products.
     """
     backend = choose_backend(problem, options)
     n, m, batch = problem.x.shape[1], problem.y.shape[1], problem.x.shape[0]
+    if backend == "numba":
+        from .sinkhorn_fused import solve_fused  # compiles at first use
+
+        return solve_fused(problem, options, s, s_self), backend
 
     def part(i: int):
         return problem.part(i), options, *(None if t is None else t[i : i + 1] for t in (s, s_self))
 
-    if backend == "numba":
-        from .sinkhorn_fused import solve_fused  # compiles at first use
-
-        if problem.single:
-            return solve_fused(problem, options, s, s_self), backend
-        maps = torch.empty(
-            3, *problem.x.shape
-        )  # every problem writes its own part: copies of these would be slow
-        parts = [solve_fused(*part(i), list(maps[:, i].numpy())) for i in range(batch)]
-        if options.debias and any(
-            q.self_target.data_ptr() != maps[2, i].data_ptr() for i, q in enumerate(parts)
-        ):
-            for i, q in enumerate(parts):
-                maps[2, i] = q.self_target
-        for q in parts:
-            q.target = q.velocity = q.self_target = None
-        solution = join(parts, torch.stack)
-        solution.target, solution.velocity = maps[0], maps[1]
-        solution.self_target = maps[2] if options.debias else None
-        return solution, backend
     if batch > 1 and problem.x.device.type == "cpu" and n * m >= 2**14:
         return join([solve_torch(*part(i)) for i in range(batch)], torch.cat), backend
     solution = solve_torch(problem, options, s, s_self)

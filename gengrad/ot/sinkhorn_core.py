@@ -201,7 +201,7 @@ def solve_pair(
                 progress.depth = 0
                 continue
             progress.watch(s - before[0], r - before[2], c)
-        progress.depth += 1
+        progress.depth, progress.age = progress.depth + 1, progress.age + 1
         if sweeps - stages <= 3 or newton or since >= CHECK_EVERY or sweeps >= max_iter:
             shot, gap = kernel.average(s, z), torch.linalg.vector_norm(matvec(z.mT, c - b), dim=-1)
             error = progress.error(shot, size, a, gap, newton)
@@ -226,7 +226,8 @@ class Progress:
     """The error estimate, from one look at the velocity to the next, and how long it has not improved."""
 
     def __init__(self, rate: Tensor) -> None:
-        self.rate, self.shot, self.depth, self.seen_at, self.idle = rate, None, 0, 0, 0
+        self.rate, self.shot, self.idle = rate, None, 0
+        self.age, self.depth, self.seen_at = 0, 0, 0  # iterations in all, since the last restart, at the last look
         self.best = self.best_size = torch.full_like(rate, math.inf)
 
     def watch(self, step: Tensor, change: Tensor, c: Tensor) -> None:
@@ -256,7 +257,7 @@ class Progress:
         else:
             if newton:
                 least = torch.full_like(size, 0.01)
-            elif self.depth < PROBATION:  # too early to have met the slow modes of a problem that has some
+            elif self.age < PROBATION:  # too early to have met the slow modes of a problem that has some
                 least = torch.where(self.rate > 0.8, 0.9999, self.rate.clamp_min(0.25))
             elif self.depth - self.seen_at < 2:
                 least = self.rate.clamp_min(0.25)
@@ -288,29 +289,44 @@ def solve_self(
     a: Tensor,
     eps: Tensor,
     spread: Tensor,
+    rate: Tensor,
     goal: Tensor,
     residual_goal: float,
     max_iter: int,
 ) -> SelfSolution:
-    """Iterate s <- s + 2/3 (log a - s - log_row(s)) until the self map is within `goal` (B,) in rms, and s within
-    `residual_goal`.
+    """Iterate s <- s + theta r, r = log a - s - log_row(s) less its constant part, until the self map is within
+    `goal` (B,) in rms, and s within `residual_goal`.
 
-    The Gaussian kernel is positive definite, so the plan's correlation operator has its spectrum in [0, 1], and the
-    step 2/3 contracts the error by 1/3 at every eps: no annealing. The potential's error is at most the residual,
-    the map's at most that times `spread`, the rms radius of a row of the plan.
+    The Gaussian kernel is positive definite, so the plan's correlation operator has its spectrum in [0, 1], the 1
+    being that of constants, which the plan's total mass settles exactly. With the rest in [0, rate], theta =
+    2 / (2 + rate) contracts by rate / (2 + rate), at most 1/3, at every eps: no annealing. `rate` (B,) is a first
+    guess, raised where two residuals show a slower mode. The potential's error is at most the residual, the map's at
+    most that times `spread`, the deviation of a row of the plan along one direction.
     """
     log_a = torch.log(a).clamp_min(-1e4)
     kernel.at(eps)
+    before = None
     for k in range(1, max_iter + 1):
         log_row = kernel.rows(s)
-        r = log_a - s - log_row
+        log_total = torch.logsumexp(s + log_row, -1, keepdim=True)
+        r = log_a - s - log_row + log_total
+        s, log_row = s - log_total / 2, log_row - log_total / 2  # a plan of mass one
         size = torch.sqrt((a * r.square()).sum(-1))
         error = size * spread
         if k == max_iter or bool(((error <= goal) & (size <= residual_goal)).all()):
             break
-        s = s + r * (2.0 / 3.0)
+        if before is not None:
+            rate = slower_mode(rate, theta, (a * r * before).sum(-1), (a * before.square()).sum(-1))  # noqa: F821
+        theta, before = 2 / (2 + rate), r
+        s = s + theta[:, None] * r
     marginal = (torch.exp(s + log_row) - a).abs().sum(-1)
     return SelfSolution(s, log_row, torch.full_like(eps, k), marginal, error)
+
+
+def slower_mode(rate: Tensor, theta: Tensor, inner: Tensor, square: Tensor) -> Tensor:
+    """The rate, raised to the eigenvalue that two residuals of `solve_self` show: r' = (1 - theta (1 + rate)) r."""
+    seen = (1 - inner / square.clamp_min(torch.finfo(square.dtype).tiny)) / theta - 1
+    return torch.maximum(rate, seen.clamp(0.0, 1.0))
 
 
 def skip_bound(

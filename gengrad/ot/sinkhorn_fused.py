@@ -98,10 +98,13 @@ def room(p: Problem) -> Answers:
 class OwnMap:
     """The barycentric map of x onto itself, by the symmetric scaling u, P_ij = K_ij u_i u_j, K of unit diagonal."""
 
-    def __init__(self, clouds: Clouds, options: Options, variance: float, spread: float, warm: np.ndarray | None, out):
-        self.clouds, self.options, self.spread, self.out = clouds, options, spread, out
-        self.error, self.mass, self.total, self.kernel, self.ku = math.inf, 1.0, 1.0, None, EMPTY
+    def __init__(self, clouds: Clouds, options: Options, variance: float, top: float, warm: np.ndarray | None, out):
+        self.clouds, self.options, self.out = clouds, options, out
+        self.error, self.mass, self.kernel, self.ku = math.inf, 1.0, None, EMPTY
         self.xt, (n, d) = _columns(clouds.x), clouds.x.shape
+        self.spread = math.sqrt(min(d * clouds.eps, 2 * clouds.cost, top))  # see `sinkhorn_solve.self_modes`
+        slow = clouds.eps / max(2 * top, 1e-37)
+        self.rate = 1 / (math.sqrt(1 + slow * slow) + slow)
         self.u = np.sqrt(clouds.a) if warm is None else np.exp(warm + clouds.half_x / F(clouds.eps))
         if coordinates := bound_coordinates(variance / clouds.eps, n, d, options):
             x, a, eps = torch.from_numpy(clouds.x), torch.from_numpy(clouds.a), torch.tensor([clouds.eps])
@@ -122,8 +125,8 @@ class OwnMap:
                 products, dot = workspace("products", n, n)
                 symmetric_product(torch.from_numpy(c.x), products)
             own_kernels.self_kernel(dot, c.x, self.xt, c.half_x, F(1.0 / c.eps), self.kernel)
-        self.ku, _, self.error, self.total, self.mass = own_kernels.solve_self(
-            self.kernel, self.u, c.a, self.spread, goal, residual_goal(o.tol), min(o.max_iter, 200)
+        self.ku, _, self.error, self.mass = own_kernels.solve_self(
+            self.kernel, self.u, c.a, self.spread, self.rate, goal, residual_goal(o.tol), min(o.max_iter, 200)
         )
         self.skipped = False
         return True
@@ -151,9 +154,8 @@ class OwnMap:
         return self.out
 
     def potential(self, h: np.ndarray) -> float:
-        """Fills in h; returns OT(x, x) as its dual value 2 <a, h> - eps (sum P - 1)."""
-        inner = own_kernels.log_ratio(self.u, self.clouds.a, self.clouds.eps, h)
-        return 2 * inner - self.clouds.eps * (self.total - 1)
+        """Fills in h; returns OT(x, x) as its dual value 2 <a, h>, of a plan of mass one."""
+        return 2 * own_kernels.log_ratio(self.u, self.clouds.a, self.clouds.eps, h)
 
 
 def _columns(points: np.ndarray) -> np.ndarray:
@@ -190,10 +192,12 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
 def solve_one(c: Clouds, o: Options, s: np.ndarray | None, s_self: np.ndarray | None, out: Answers) -> tuple[bool, int]:
     """One problem into `out`; whether it converged, and its sweeps."""
     (n, d), m, cost, eps = c.x.shape, len(c.y), c.cost, c.eps
-    log_b, var_x, var_y, rate = own_kernels.prepare(c.x, c.y, c.half_x, c.half_y, c.mean_x, c.mean_y, c.a, c.b, eps)
+    log_b, var_x, var_y, rate, top_x = own_kernels.prepare(
+        c.x, c.y, c.half_x, c.half_y, c.mean_x, c.mean_y, c.a, c.b, eps
+    )
     spread, root = math.sqrt(min(d * eps, 2 * cost)), math.sqrt(1 - rate)
     floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) * (1 + root) / (2 * root)
-    own = OwnMap(c, o, d * var_x, spread, s_self, out.self_target) if o.debias else None
+    own = OwnMap(c, o, d * var_x, top_x, s_self, out.self_target) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))
     dot, (kernel, k), yt, sweeps = EMPTY, workspace("kernel", n, m), _columns(c.y), 0

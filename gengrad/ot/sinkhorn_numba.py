@@ -216,9 +216,9 @@ def watched_rate(rate, s, s_old, r, r_old, c):
 
 
 @inner
-def least_left(rate, before, now):
+def least_left(rate, before, now, age):
     """What iterations `before` to `now` leave of the slowest mode at best (see `sinkhorn_core.Progress.error`)."""
-    if now < PROBATION:
+    if age < PROBATION:
         return 0.9999 if rate > 0.8 else max(rate, 0.25)
     if now - before < 2:
         return max(rate, 0.25)
@@ -295,7 +295,7 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, rat
             averages(kernel, v, zt, shot)
             speed = rms_gap(shot, base, a)
             if have_shown:
-                q = min(max(size / max(size_shown, 1e-30), least_left(rate, seen_at, depth)), 0.9999)
+                q = min(max(size / max(size_shown, 1e-30), least_left(rate, seen_at, depth, sweeps)), 0.9999)
                 error = max(SAFETY * rms_gap(shot, shown, a) * q / (1.0 - q), 4 * moment_gap(zt, c, b))
                 if error <= max(tol * speed, floor) and marginal <= max(2 * tol, 1e-3):
                     break

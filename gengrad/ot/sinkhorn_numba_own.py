@@ -51,32 +51,43 @@ def symmetric_times(kernel, u, out):
 
 
 @jit
-def solve_self(kernel, u, a, spread, goal, residual_goal, max_iter):
-    """u <- u (a / (u K u))^(2/3) in place; see `sinkhorn_core.solve_self`.
+def solve_self(kernel, u, a, spread, rate, goal, residual_goal, max_iter):
+    """u <- u (a / (u K u))^theta in place, at a total mass of one; see `sinkhorn_core.solve_self`.
 
-    Returns K u, the iterations, the error, the plan's total mass, and the mean diagonal of its normalised rows.
+    Returns K u, the iterations, the error, and the mean diagonal of the plan's normalised rows.
     """
     n = a.shape[0]
-    ku, r = np.empty(n, F), np.empty(n, F)
-    k = 0
+    ku, r, before = np.empty(n, F), np.empty(n, F), np.zeros(n, F)
+    k, theta = 0, 1.0
     while True:
         k += 1
         symmetric_times(kernel, u, ku)
-        size, total = F(0.0), F(0.0)
+        total = F(0.0)
         for i in range(n):
-            mass = u[i] * ku[i]
-            total += mass
-            ratio = log32(largest(a[i], F(1e-37))) - log32(largest(mass, F(1e-37)))
+            total += u[i] * ku[i]
+        one, log_total = F(1.0) / F(math.sqrt(total)), log32(total)
+        size, inner, square = F(0.0), F(0.0), F(0.0)
+        for i in range(n):
+            ratio = log32(largest(a[i], F(1e-37))) - log32(largest(u[i] * ku[i], F(1e-37))) + log_total
             r[i] = ratio if a[i] > F(0.0) else F(0.0)
             size += a[i] * r[i] * r[i]
+            inner += a[i] * r[i] * before[i]
+            square += a[i] * before[i] * before[i]
+            u[i] *= one
+            ku[i] *= one
         size = F(math.sqrt(size))
         if k >= max_iter or (size * spread <= goal and size <= residual_goal):
             diagonal = F(0.0)
             for i in range(n):
                 diagonal += a[i] * u[i] / ku[i]
-            return ku, k, size * spread, total, diagonal
+            return ku, k, size * spread, diagonal
+        if k > 1:
+            seen = (1.0 - inner / max(square, 1e-37)) / theta - 1.0
+            rate = max(rate, min(seen, 1.0))
+        theta = 2.0 / (2.0 + rate)
         for i in range(n):
-            u[i] *= exp_any(r[i] * F(2.0 / 3.0))
+            before[i] = r[i]
+            u[i] *= exp_any(largest(-largest(-F(theta) * r[i], F(-60.0)), F(-60.0)))
 
 
 @jit
@@ -209,7 +220,7 @@ def moments(x, y, a, b):
 
 @jit
 def prepare(x, y, half_x, half_y, mean_x, mean_y, a, b, eps):
-    """What a start needs: log b, mean variances, and `slowest_rate`."""
+    """What a start needs: log b, mean variances, `slowest_rate`, and the largest variance of x."""
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
     log_b = np.empty(m, F)
     second_x, second_y = 0.0, 0.0
@@ -221,9 +232,10 @@ def prepare(x, y, half_x, half_y, mean_x, mean_y, a, b, eps):
     for k in range(d):
         second_x -= mean_x[k] * mean_x[k]
         second_y -= mean_y[k] * mean_y[k]
-    slow = eps / (2 * math.sqrt(max(top_variance(x, 64, 3) * top_variance(y, 64, 3), 1e-37)))
+    top_x, top_y = top_variance(x, 64, 3), top_variance(y, 64, 3)
+    slow = eps / (2 * math.sqrt(max(top_x * top_y, 1e-37)))
     rate = 1 / (math.sqrt(1 + slow * slow) + slow) ** 2
-    return log_b, max(second_x / d, 1e-37), max(second_y / d, 1e-37), rate
+    return log_b, max(second_x / d, 1e-37), max(second_y / d, 1e-37), rate, max(top_x, 0.0)
 
 
 @jit

@@ -50,7 +50,7 @@ class Solution:
 
 
 def join(parts: list[Solution], how) -> Solution:
-    """Solutions one after another as one, `how` being torch.cat (of batches) or torch.stack (of single ones)."""
+    """Solutions as one, `how` being what makes one tensor of a list of them (torch.cat of batches)."""
     columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Solution)}
     return Solution(**{k: None if v[0] is None else how(v) for k, v in columns.items()})
 
@@ -69,6 +69,16 @@ def self_start(problem: Problem) -> Tensor:
 def row_radius(problem: Problem) -> Tensor:
     """About the rms radius of a row of a plan: no wider than the kernel, nor than the clouds; shape (B,)."""
     return torch.sqrt(torch.minimum(problem.x.shape[-1] * problem.eps, 2 * problem.mean_cost))
+
+
+def self_modes(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The deviation of a row of the self plan along one direction, and the rate of its slowest mode; both (B,).
+
+    An error delta of the potential moves the map of a row by Cov(delta, x), at most the deviation of delta times that
+    of x along its widest direction; averaged over rows the latter is at most the cloud's own.
+    """
+    rate = core.slowest_rate(problem.x, problem.x, problem.eps)
+    return torch.minimum(row_radius(problem), torch.sqrt(core.top_variance(problem.x))), torch.sqrt(rate)
 
 
 def resolution(problem: Problem) -> Tensor:
@@ -100,12 +110,8 @@ class SelfMap:
     def __init__(self, problem: Problem, options: Options, s: Tensor | None):
         self.problem, self.options, self.kernel = problem, options, None
         self.s = self_start(problem) if s is None else s
-        self.spread = row_radius(problem)
-        self.target, self.mass, self.total = (
-            problem.x,
-            torch.ones_like(problem.eps),
-            torch.ones_like(problem.eps),
-        )
+        self.spread, self.rate = self_modes(problem)
+        self.target, self.mass = problem.x, torch.ones_like(problem.eps)
         self.error = torch.full_like(problem.eps, math.inf)
         variance = 2 * (problem.a * problem.half_x).sum(-1) - problem.mean_x.square().sum(-1)
         far = float((variance / problem.eps).min())
@@ -128,12 +134,12 @@ class SelfMap:
             p.a,
             p.eps,
             self.spread,
+            self.rate,
             goal,
             residual_goal(o.tol),
             min(o.max_iter, 200),
         )
         self.s, self.error, self.skipped = solved.s, solved.error, False
-        self.total = torch.exp(solved.s + solved.log_row).sum(-1)
         self.target = self.kernel.average(solved.s, p.x)
         log_mass = 2 * p.half_x / p.eps[:, None] + solved.s - solved.log_row
         self.mass = (p.a * torch.exp(log_mass)).sum(-1)
@@ -152,8 +158,8 @@ class SelfMap:
         return bool((error <= ((1 - SELF_SHARE) * tol * speed).clamp_min(0.5 * floor)).all())
 
     def value(self) -> Tensor:
-        """OT_eps(x, x) as its dual value 2 <a, h> - eps (sum P - 1), which errs in the second order; shape (B,)."""
-        return 2 * (self.problem.a * self.potential()).sum(-1) - self.problem.eps * (self.total - 1)
+        """OT_eps(x, x) as its dual value 2 <a, h>, of a plan of mass one: it errs in the second order; shape (B,)."""
+        return 2 * (self.problem.a * self.potential()).sum(-1)
 
     def potential(self) -> Tensor:
         """h (B, n), with P_ij = a_i a_j exp((h_i + h_j - |x_i - x_j|^2 / 2) / eps)."""

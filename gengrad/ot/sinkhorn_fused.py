@@ -95,6 +95,16 @@ def room(p: Problem) -> Answers:
     return Answers(*vectors[:2], *maps, vectors[2], *numbers)
 
 
+def skip_bound(c: Clouds, coordinates: int) -> tuple[float, float]:
+    """See `sinkhorn_core.skip_bound`."""
+    n, d = c.x.shape
+    z = np.ascontiguousarray(c.x[:, :: max(1, d // coordinates)]) / F(math.sqrt(c.eps))
+    products, dot = workspace("products", n, n)
+    symmetric_product(torch.from_numpy(z), products)
+    mass, square = own_kernels.bound_sums(dot, np.einsum("ij,ij->i", z, z) / 2, np.sqrt(c.a))
+    return 1 - mass, math.sqrt(square * c.eps)
+
+
 class OwnMap:
     """The barycentric map of x onto itself, by the symmetric scaling u, P_ij = K_ij u_i u_j, K of unit diagonal."""
 
@@ -107,10 +117,9 @@ class OwnMap:
         self.rate = 1 / (math.sqrt(1 + slow * slow) + slow)
         self.u = np.sqrt(clouds.a) if warm is None else np.exp(warm + clouds.half_x / F(clouds.eps))
         if coordinates := bound_coordinates(variance / clouds.eps, n, d, options):
-            x, a, eps = torch.from_numpy(clouds.x), torch.from_numpy(clouds.a), torch.tensor([clouds.eps])
-            mass, bound = core.skip_bound(x[None], a[None], eps, coordinates)
-            if float(mass) >= options.skip_self_mass:
-                self.mass, self.error = float(mass), float(bound)
+            mass, bound = skip_bound(clouds, coordinates)
+            if mass >= options.skip_self_mass:
+                self.mass, self.error = mass, bound
         self.skipped = self.error < math.inf
 
     def reach(self, goal: float) -> bool:

@@ -35,6 +35,28 @@ def self_kernel(dot, x, xt, half, inv_eps, kernel):
             row[j] = exp32(-largest(-row[j], F(0.0)))
 
 
+@jit
+def bound_sums(dot, half, root):
+    """The sums of `sinkhorn_core.skip_bound` from the products z z' (upper triangle), |z|^2 / 2 and sqrt(a)."""
+    n = half.shape[0]
+    mass, square, rows = 0.0, 0.0, np.zeros(n, F)
+    for i in range(n):
+        row, below, other, weights = dot[i, i + 1 :], rows[i + 1 :], half[i + 1 :], root[i + 1 :]
+        hi, wi, near_mass, near_row = half[i], root[i], F(0.0), F(0.0)
+        for j in range(row.shape[0]):
+            gap = largest(hi + other[j] - row[j], F(0.0))
+            far = largest(gap, F(0.5))
+            near = F(math.sqrt(F(2.0) * far)) * exp32(-far)  # t exp(-t^2 / 2), at its largest below t = 1
+            near_mass += weights[j] * exp32(-gap)
+            near_row += weights[j] * near
+            below[j] += wi * near
+        rows[i] += near_row
+        mass += 2.0 * wi * near_mass
+    for i in range(n):
+        square += rows[i] * rows[i]  # (sqrt(a_i) rows_i)^2 / a_i
+    return mass, square
+
+
 @inner
 def symmetric_times(kernel, u, out):
     """out = K u, K symmetric and stored in its upper triangle."""

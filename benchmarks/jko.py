@@ -1,17 +1,25 @@
-"""The JKO scheme with input-convex networks against closed forms, exact implicit steps and Langevin sampling.
+"""The JKO scheme with input-convex networks against closed forms, exact implicit steps, and sampling by particles.
 
-    python benchmarks/jko.py [--quick] [--parts ou,mixture,profiles,logistic,filter] [--seeds 3] [--uci FILE.npz]
+    python benchmarks/jko.py [--quick] [--parts ou,mixture,profiles,logistic,filter] [--only TEXT] [--seeds 3]
+                             [--uci FOLDER] [--out FILE.json]
 
-ou: Ornstein-Uhlenbeck, random targets, 18 steps of 0.05: symmetric KL to the true law at t = 0.9, beside that of the
-exact implicit steps (the floor of every JKO scheme); with ``trained`` every step trains its network (tol = 0).
+One cell is one (part, case, seed); the JSON is written after each, and cells that it holds are not computed again: the
+same command goes on where it was stopped.
+
+ou: Ornstein-Uhlenbeck, random targets with curvatures from 1 / condition to 1, 20 steps of 0.05: symmetric KL to the
+true law at t = 0.9, beside that of the exact implicit steps (the floor of every JKO scheme). ``networks``: the affine
+start is left out and every step trained. Wall-clock of a cell: 10 s (d = 1) to 30 s (d = 12), minutes at d = 64.
 mixture: Fokker-Planck to a Gaussian mixture, 40 steps of 0.1: symmetric KL, and energy distance to fresh draws beside
-unadjusted Langevin with as many gradients of V a sample as the flow has steps, and with ten times as many.
-profiles: porous medium, nonlinear Fokker-Planck and aggregation: largest relative error of radius and energy, and L1
-error of the density, against the exact implicit steps, over all steps.
-logistic: Bayesian logistic regression on the sets of --uci (NAME_x, NAME_y): accuracy and log likelihood on held-out
-rows; posterior means and deviations beside those of a Metropolis-adjusted Langevin chain, in the chain's deviations.
-filter: symmetric KL to a solution on a grid, mean over the steps.
-CPU-seconds are of the training with its checkpoints, on one thread. Cells that the JSON holds are not computed again.
+unadjusted Langevin up to the same time, with as many gradients of V a sample as the flow has steps, and with as many in
+all as training took (at most 2,000 a sample). 3 to 8 minutes.
+profiles: porous medium, nonlinear Fokker-Planck and aggregation: relative error of radius and energy, and L1 error of
+the density, against the exact implicit steps, after every step, and the largest of each. 1 to 3 minutes.
+logistic: Bayesian logistic regression on the sets of uci_binary.npz in --uci (NAME_x, NAME_y): accuracy and log
+likelihood on held-out rows; posterior means and deviations beside those of a Metropolis-adjusted Langevin chain, in the
+chain's deviations. 1 to 5 minutes, half of it the chain.
+filter: symmetric KL to a solution on a grid, mean over the steps; beside it a bootstrap filter with 1,000, 10,000 and
+50,000 particles through a density estimate. Five seeds of observations at least. 3 to 5 minutes.
+CPU-seconds are of the training with its checkpoints, on one thread.
 """
 
 from __future__ import annotations
@@ -20,16 +28,18 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
+from jko_references import bootstrap_filter, langevin, mala
 
 import gengrad
 from gengrad.config import read_config
+from gengrad.data import GaussianMixture
 from gengrad.evaluation.steps import judge_end, judge_steps
 from gengrad.evaluation.transport import energy_distance
 from gengrad.evaluation.truth import truth_of_flow
@@ -39,7 +49,8 @@ from gengrad.methods.jko_filter import simulate
 from gengrad.registry import DATASETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-UCI = ("banana", "diabetis", "german", "image", "ringnorm", "splice", "twonorm", "waveform")
+UCI = ("german", "diabetis", "banana", "twonorm", "image", "ringnorm", "splice", "waveform")
+PROFILES = ("nonlinear_fokker_planck", "aggregation_plane", "porous_medium", "aggregation_line")
 
 
 def trained(raw: dict) -> tuple:
@@ -49,30 +60,35 @@ def trained(raw: dict) -> tuple:
         return gengrad.load(folder), outcome.cpu_seconds
 
 
-def ou_config(d: int, seed: int, condition: float, steps: int, tol: float) -> dict:
+def share_trained(flow) -> float:
+    """The share of the steps whose network was needed: the others were solved by the affine start, or kept it."""
+    return statistics.mean(float(t.record["trained"]) for t in flow.transports if "step" in t.record)
+
+
+def ou_config(d: int, seed: int, condition: float, steps: int) -> dict:
     quadratic = {"name": "quadratic", "seed": seed, "dimension": d, "condition": condition}
-    terms = [{"name": "potential", "potential": quadratic}, {"name": "entropy"}]
-    jko = {"tau": 0.05, "jko_steps": 18, "tol": tol}
+    terms = [{"name": "potential", "potential": quadratic, "weight": 1 / condition}, {"name": "entropy"}]
     return {
         "source": {"name": "normal"},
         "data": {"name": "space", "dimension": d},
         "network": {"name": "icnn"},
-        "method": {"name": "jko_icnn", "functional": terms, **jko},
+        "method": {"name": "jko_icnn", "functional": terms, "tau": 0.05, "jko_steps": 20},
         "train": {"steps": steps, "batch_size": 512, "lr": 5e-3, "checkpoint_every": steps, "log_every": steps},
-        "evaluate": {"nfe": [18]},
+        "evaluate": {"nfe": [20]},
         "seed": seed,
     }
 
 
-def ornstein_uhlenbeck(d: int, seed: int, condition: float = 2.0, train: bool = False, quick: bool = False) -> dict:
+def ornstein_uhlenbeck(d: int, seed: int, condition: float = 2.0, networks: bool = False, quick: bool = False) -> dict:
     """Symmetric KL at t = 0.9; exact where all maps are affine, else a mean over 20,000 points."""
-    raw = ou_config(d, seed, condition, 1000 if not quick else 20, 0.0 if train else 1e-4)
+    raw = ou_config(d, seed, condition, 20 if quick else 1000)
+    if networks:
+        raw["method"] |= {"start": "identity", "tol": 0.0}
     flow, cpu = trained(raw)
     truth = truth_of_flow(raw["method"] | {"functional": read_config(raw).method["functional"]}, flow.source)
-    row = judge_steps(flow, truth, n=2_000 if quick else 20_000, seed=seed, chosen=[18])[-1]
-    share = statistics.mean(t.record["trained"] for t in flow.transports)
+    row = judge_steps(flow, truth, n=2_000 if quick else 20_000, seed=seed, chosen=[18])[17]
     return {"cpu_seconds": cpu, "symmetric_kl": row["symmetric_kl"], "floor": row["symmetric_kl_implicit"],
-            "to_implicit": row["symmetric_kl_to_implicit"], "trained_steps": share}  # fmt: skip
+            "to_implicit": row["symmetric_kl_to_implicit"], "trained_steps": share_trained(flow)}  # fmt: skip
 
 
 def mixture_config(d: int, seed: int, quick: bool) -> dict:
@@ -86,37 +102,48 @@ def mixture_config(d: int, seed: int, quick: bool) -> dict:
         "data": {"name": "gaussian_mixture", "means": means, "scales": [1.0] * count},
         "network": {"name": "icnn"},
         "method": {"name": "jko_icnn", "functional": "kl", "tau": 0.1, "jko_steps": jko_steps, "cloud": 50_000},
-        "train": {"steps": 20 if quick else 4200, "batch_size": 512, "lr": 4e-2, "checkpoint_every": 10_000},
+        "train": {"steps": 20 if quick else 4200, "batch_size": 512, "lr": MIXTURE_LR, "checkpoint_every": 10_000},
         "evaluate": {"nfe": [jko_steps]},
         "seed": seed,
     }
 
 
+MIXTURE_LR = 4e-2
+
+
+@contextmanager
+def counted(cls: type) -> Iterator[list[int]]:
+    """Counts the points at which ``cls.log_density`` is evaluated."""
+    total, real = [0], cls.log_density
+
+    def counting(self, x):
+        total[0] += len(x)
+        return real(self, x)
+
+    cls.log_density = counting
+    try:
+        yield total
+    finally:
+        cls.log_density = real
+
+
 def mixture(d: int, seed: int, quick: bool = False) -> dict:
     raw = mixture_config(d, seed, quick)
-    flow, cpu = trained(raw)
+    with counted(GaussianMixture) as evaluations:
+        flow, cpu = trained(raw)
     target = DATASETS.build(raw["data"])
     n = 500 if quick else 4000
     end, steps = judge_end(flow, target, n=n, seed=seed), len(flow.transports)
     truth, ours = target.sample(n, torch.Generator().manual_seed(999)), flow.sample(n, seed=seed)
-    found = {"cpu_seconds": cpu, "symmetric_kl": end["symmetric_kl"], "energy_distance": energy_distance(ours, truth)}
-    for factor in (1, 10):
+    found = {"cpu_seconds": cpu, "symmetric_kl": end["symmetric_kl"], "trained_steps": share_trained(flow),
+             "energy_distance": energy_distance(ours, truth), "evaluations": evaluations[0]}  # fmt: skip
+    budget = min(max(evaluations[0] // n, steps), 2000)
+    for name, count in (("langevin", steps), ("langevin_budget", budget)):
         started = time.process_time()
-        y = langevin(lambda x: -target.log_density(x), 4 * torch.randn(n, d), 4.0, factor * steps, seed)
-        found[f"langevin_{factor}"] = energy_distance(y, truth)
-        found[f"langevin_{factor}_cpu"] = time.process_time() - started
+        y = langevin(lambda x: -target.log_density(x), 4 * torch.randn(n, d), 0.1 * steps, count, seed)
+        found |= {name: energy_distance(y, truth), f"{name}_cpu": time.process_time() - started}
     found["floor"] = energy_distance(target.sample(n, torch.Generator().manual_seed(1)), truth)
     return found
-
-
-def langevin(potential: Callable, x: Tensor, t: float, steps: int, seed: int) -> Tensor:
-    """Unadjusted Langevin: x - h grad V + sqrt(2h) z up to time t, for all chains at once."""
-    generator, h = torch.Generator().manual_seed(seed), t / steps
-    for _ in range(steps):
-        leaf = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(potential(leaf).sum(), leaf)
-        x = x - h * gradient + (2 * h) ** 0.5 * torch.randn(x.shape, generator=generator)
-    return x
 
 
 def profile(name: str, seed: int, quick: bool = False) -> dict:
@@ -125,20 +152,21 @@ def profile(name: str, seed: int, quick: bool = False) -> dict:
         raw["method"] |= {"jko_steps": 2, "cloud": 4096}
         raw["train"]["steps"], raw["evaluate"] = 20, {"nfe": [2]}
     flow, cpu = trained(raw)
-    method = read_config(raw).method
-    rows = judge_steps(flow, truth_of_flow(method, flow.source), n=20_000, seed=seed)
-    return {
-        "cpu_seconds": cpu,
-        "radius": max(abs(r["radius"] / r["radius_implicit"] - 1) for r in rows),
-        "energy": max(abs(r["energy"] / r["energy_implicit"] - 1) for r in rows),
-        "density": max(r["density_error"] for r in rows),
+    rows = judge_steps(flow, truth_of_flow(read_config(raw).method, flow.source), n=20_000, seed=seed)
+    along = {
+        "radius": [abs(r["radius"] / r["radius_implicit"] - 1) for r in rows],
+        "energy": [abs(r["energy"] / r["energy_implicit"] - 1) for r in rows],
+        "density": [r["density_error"] for r in rows],
     }
+    worst = {key: max(values) for key, values in along.items()}
+    return {"cpu_seconds": cpu, **worst, "trained_steps": share_trained(flow), "along": along}
 
 
-def logistic(file: str, name: str, seed: int, quick: bool = False) -> dict:
+def logistic(folder: Path, name: str, seed: int, quick: bool = False) -> dict:
     raw = yaml.safe_load((CONFIGS / "posterior" / "logistic_regression.yaml").read_text()) | {"seed": seed}
-    with tempfile.TemporaryDirectory() as folder, np.load(file) as tables:
-        path = f"{folder}/{name}.npz"
+    file = folder / "uci_binary.npz" if folder.is_dir() else folder
+    with tempfile.TemporaryDirectory() as scratch, np.load(file) as tables:
+        path = f"{scratch}/{name}.npz"
         np.savez(path, x=tables[f"{name}_x"], y=tables[f"{name}_y"])
         raw["data"] = {"name": "logistic_posterior", "path": path, "features": "x", "labels": "y", "split_seed": seed}
         if quick:
@@ -146,50 +174,24 @@ def logistic(file: str, name: str, seed: int, quick: bool = False) -> dict:
             raw["train"]["steps"], raw["evaluate"] = 20, {"nfe": [2]}
         flow, cpu = trained(raw)
         target = DATASETS.build(raw["data"])
-    x = flow.sample(2000, seed=seed)
+    x = flow.sample(10_000, seed=seed)
     started = time.process_time()
-    chain, accepted = mala(target.log_density, x.double()[:64], 200 if quick else 4000, seed)
+    chain, accepted = mala(target.log_density, x.double()[:64], 200 if quick else 2000, seed)
     reference = chain[len(chain) // 4 :].flatten(0, 1)
     seconds, scale = time.process_time() - started, reference.std(0)
+    # how far two halves of the chains are apart says what of the differences below is the chain's own noise
+    halves = [half.flatten(0, 1).mean(0) for half in chain[len(chain) // 4 :].chunk(2)]
     return {
         "cpu_seconds": cpu,
-        **target.score_samples(x),
+        **target.score_samples(x[:2000]),
         **{f"reference_{key}": value for key, value in target.score_samples(reference[::37]).items()},
         "reference_cpu": seconds,
         "reference_acceptance": accepted,
+        "reference_noise": float(((halves[0] - halves[1]) / scale).abs().max()) / 2,
         "mean_error": float(((x.double().mean(0) - reference.mean(0)) / scale).abs().max()),
         "deviation_error": float((x.double().std(0) / scale - 1).abs().max()),
+        "trained_steps": share_trained(flow),
     }
-
-
-def mala(log_density: Callable, x: Tensor, steps: int, seed: int) -> tuple[Tensor, float]:
-    """Metropolis-adjusted Langevin, preconditioned by the start's covariance, its step adapted in the first quarter."""
-    generator = torch.Generator().manual_seed(seed)
-    factor, h, kept, taken = torch.linalg.cholesky(torch.cov(x.T) + 1e-9 * torch.eye(x.shape[1])), 0.3, [], []
-
-    def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = z.detach().requires_grad_(True)
-        value = log_density(leaf)
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0] @ factor
-
-    value, gradient = evaluate(x)
-    for k in range(steps):
-        z = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        move = h**2 / 2 * gradient + h * z
-        proposal = x + move @ factor.T
-        new_value, new_gradient = evaluate(proposal)
-        back = (-move - h**2 / 2 * new_gradient) / h
-        log_ratio = new_value - value - back.square().sum(1) / 2 + z.square().sum(1) / 2
-        accept = torch.rand(len(x), generator=generator).log() < log_ratio
-        x = torch.where(accept[:, None], proposal, x)
-        value, gradient = torch.where(accept, new_value, value), torch.where(accept[:, None], new_gradient, gradient)
-        rate = float(accept.double().mean())
-        if k < steps // 4:
-            h *= 1.02 if rate > 0.57 else 0.98
-        else:
-            taken.append(rate)
-        kept.append(x)
-    return torch.stack(kept), statistics.mean(taken)
 
 
 def filtering(seed: int, quick: bool = False) -> dict:
@@ -199,34 +201,50 @@ def filtering(seed: int, quick: bool = False) -> dict:
         raw["method"] |= {"jko_steps": 10, "cloud": 2048, "observations": raw["method"]["observations"][:1]}
         raw["train"]["steps"], raw["evaluate"] = 40, {"nfe": [11]}
     flow, cpu = trained(raw)
-    rows = judge_steps(flow, truth_of_flow(read_config(raw).method, flow.source), n=100, seed=seed)
-    values = [row["symmetric_kl"] for row in rows]
-    return {"cpu_seconds": cpu, "symmetric_kl": statistics.mean(values), "last": values[-1], "worst": max(values)}
+    truth = truth_of_flow(read_config(raw).method, flow.source)
+    values = [row["symmetric_kl"] for row in judge_steps(flow, truth, n=100, seed=seed)]
+    found = {"cpu_seconds": cpu, "symmetric_kl": statistics.mean(values), "last": values[-1], "worst": max(values),
+             "trained_steps": share_trained(flow)}  # fmt: skip
+    for count in (1000,) if quick else (1000, 10_000, 50_000):
+        started, start = time.process_time(), flow.source.sample(count, torch.Generator().manual_seed(seed))
+        errors = bootstrap_filter(Rippled(), 1.0, truth, start, len(values), seed)
+        found |= {f"bootstrap_{count}": statistics.mean(errors), f"cpu_{count}": time.process_time() - started}
+    return found
 
 
-def cells(parts: list[str], seeds: int, uci: str | None, quick: bool) -> dict[str, Callable[[], dict]]:
+def cells(parts: list[str], seeds: int, uci: Path | None, quick: bool) -> dict[str, Callable[[], dict]]:
     """Name -> what computes it, in the order in which they are worth having."""
     found: dict[str, Callable[[], dict]] = {}
     for seed in range(seeds):
         if "ou" in parts:
             for d in (1, 2) if quick else (1, 2, 4, 8, 12):
-                for train in (False, True):
-                    key = f"ou/{'trained/' if train else ''}d={d}/{seed}"
-                    found[key] = lambda d=d, s=seed, t=train: ornstein_uhlenbeck(d, s, train=t, quick=quick)
-            for d, condition in () if quick else ((12, 10.0), (12, 100.0), (32, 2.0), (64, 2.0)):
-                key = f"ou/d={d},condition={condition:g}/{seed}"
-                found[key] = lambda d=d, s=seed, c=condition: ornstein_uhlenbeck(d, s, c)
-        if "profiles" in parts:
-            for name in ("porous_medium", "nonlinear_fokker_planck", "aggregation_line", "aggregation_plane"):
-                found[f"profiles/{name}/{seed}"] = lambda n=name, s=seed: profile(n, s, quick)
+                found[f"ou/d={d}/{seed}"] = lambda d=d, s=seed: ornstein_uhlenbeck(d, s, quick=quick)
+        if "mixture" in parts:
+            found[f"mixture/d=2/{seed}"] = lambda s=seed: mixture(2, s, quick)
         if "filter" in parts:
             found[f"filter/{seed}"] = lambda s=seed: filtering(s, quick)
         if "logistic" in parts and uci:
-            for name in UCI[:1] if quick else UCI:
+            for name in UCI[:1] if quick else UCI[:4]:
                 found[f"logistic/{name}/{seed}"] = lambda n=name, s=seed: logistic(uci, n, s, quick)
-        if "mixture" in parts:
-            for d in (2,) if quick else (2, 4, 6, 8):
-                found[f"mixture/d={d}/{seed}"] = lambda d=d, s=seed: mixture(d, s, quick)
+        if "profiles" in parts:
+            for name in PROFILES:
+                found[f"profiles/{name}/{seed}"] = lambda n=name, s=seed: profile(n, s, quick)
+        if "ou" in parts and not quick:
+            for d, condition in ((12, 10.0), (12, 100.0), (32, 2.0), (64, 2.0)):
+                key = f"ou/d={d},condition={condition:g}/{seed}"
+                found[key] = lambda d=d, s=seed, c=condition: ornstein_uhlenbeck(d, s, c)
+        if "mixture" in parts and not quick:
+            for d in (4, 6, 8):
+                found[f"mixture/d={d}/{seed}"] = lambda d=d, s=seed: mixture(d, s)
+        if "logistic" in parts and uci and not quick:
+            for name in UCI[4:]:
+                found[f"logistic/{name}/{seed}"] = lambda n=name, s=seed: logistic(uci, n, s)
+        if "ou" in parts:
+            for d in (2,) if quick else (1, 2, 4, 8, 12):
+                key = f"ou/networks,d={d}/{seed}"
+                found[key] = lambda d=d, s=seed: ornstein_uhlenbeck(d, s, networks=True, quick=quick)
+    for seed in range(seeds, 5 if "filter" in parts and not quick else 0):
+        found[f"filter/{seed}"] = lambda s=seed: filtering(s)
     return found
 
 
@@ -239,7 +257,7 @@ def table(results: dict) -> str:
         groups.setdefault(part, {}).setdefault(case, []).append(cell)
     lines = []
     for part, cases in groups.items():
-        columns = list(next(iter(cases.values()))[0])
+        columns = [c for c in next(iter(cases.values()))[0] if c != "along"]
         lines += [f"| {part} | " + " | ".join(c.replace("_", " ") for c in columns) + " | seeds |"]
         lines += ["| --- " * (len(columns) + 2) + "|"]
         for case, found in cases.items():
@@ -254,7 +272,7 @@ def main() -> None:
     parser.add_argument("--parts", default="ou,profiles,filter,logistic,mixture")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--uci", default=None, help="an .npz of NAME_x and NAME_y; without it, no logistic part")
+    parser.add_argument("--uci", type=Path, default=None, help="folder of uci_binary.npz; without it, no logistic part")
     parser.add_argument("--quick", action="store_true", help="few steps, one seed: shows that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "jko.json")
     given = parser.parse_args()
@@ -266,7 +284,7 @@ def main() -> None:
         if key in results or given.only not in key:
             continue
         results[key] = compute()
-        print(key, {name: float(f"{value:.4g}") for name, value in results[key].items()}, flush=True)
+        print(key, {k: float(f"{v:.4g}") for k, v in results[key].items() if k != "along"}, flush=True)
         if not given.quick:
             write_json(given.out, results)
     print(table(results))

@@ -230,7 +230,8 @@ def evaluate(given) -> int:
         for part in ("end", "samples"):
             if along.get(part):
                 print("  ".join(f"{key.replace('_', ' ')} {value:.5g}" for key, value in along[part].items()))
-        print(f"written: {Path(given.run) / 'steps.json'}, energy.png, density.png")
+        tables = ", samples.csv" if (Path(given.run) / "samples.csv").exists() else ""
+        print(f"written: {Path(given.run) / 'steps.json'}, energy.png, density.png{tables}")
     if not target.has_samples:
         return 0
     flow.check_class(None, given.guidance)

@@ -246,7 +246,11 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
         if target.has_samples and hasattr(target, "log_density"):
             report["end"] = judge_end(flow, target, n=n, seed=seed)
     plotting.save(density_plots.energy_figure(rows), folder / "energy.png")
-    report["samples"] = target.score_samples(flow.sample(n, seed=seed))
+    x = flow.sample(n, seed=seed)
+    report["samples"] = target.score_samples(x)
+    if (named := target.table_of(x)) is not None:
+        lines = [",".join(named[0]), *(",".join(f"{value:.9g}" for value in row) for row in named[1].tolist())]
+        write_atomically(folder / "samples.csv", ("\n".join(lines) + "\n").encode())
     table = steps_table(rows)
     write_atomically(folder / "steps.md", (table + "\n").encode())
     report = {**report, "steps": rows, "table": table}

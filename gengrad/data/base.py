@@ -62,6 +62,14 @@ class Distribution(Configured, ABC):
         """Mean (d,) and covariance (d, d), float64, where a Gaussian; pools of particles are made to have them."""
         return None
 
+    def estimate(self, generator: torch.Generator) -> Distribution:
+        """These data; or, where the log density is a sum over many rows, one with an unbiased estimate of it."""
+        return self
+
+    def table_of(self, x: Tensor) -> tuple[list[str], Tensor] | None:
+        """(names of columns, rows) of samples x (n, *event) for a user's table; None: they are one as they are."""
+        return None
+
     def score_samples(self, x: Tensor) -> dict[str, float]:
         """Figures of merit of samples x (n, *event) that only these data can tell; none by default."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Annotated, Literal
 
@@ -40,6 +41,7 @@ class LogisticPosterior(Distribution):
         held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
         split_seed: int = 0
         rate: float = Field(0.01, gt=0)
+        minibatch: int | None = Field(None, ge=1)  # training rows, drawn afresh, in each optimiser step; none: all
 
     def prepare(self) -> None:
         x, y = self._table()
@@ -49,7 +51,8 @@ class LogisticPosterior(Distribution):
         mean, scale = x[rows].mean(0), x[rows].std(0)
         scale[scale == 0] = 1.0  # a constant column says nothing, and stays at zero
         x = torch.cat([(x - mean) / scale, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-        self.x, self.y = x[rows], y[rows]
+        self.x, self.y, self.factor = x[rows], y[rows], 1.0
+        self.mean, self.scale = mean, scale
         self.x_held_out, self.y_held_out = x[order[:held]], y[order[:held]]
         if len(self.y.unique()) < 2:
             raise ValueError(f"{self.config.path!r}: the training rows are of one class only; change split_seed")
@@ -84,7 +87,24 @@ class LogisticPosterior(Distribution):
 
     def log_density(self, theta: Tensor) -> Tensor:
         """log p up to a constant, (n, features + 2) -> (n,), over all training rows."""
-        return self.log_likelihood(theta, self.x, self.y) + self.log_prior(theta)
+        return self.factor * self.log_likelihood(theta, self.x, self.y) + self.log_prior(theta)
+
+    def estimate(self, generator: torch.Generator) -> LogisticPosterior:
+        """N / B times the likelihood of a ``minibatch`` of B of the N rows, drawn with replacement: unbiased."""
+        size, n = self.config.minibatch, len(self.x)
+        if size is None or size >= n:
+            return self
+        part, rows = copy.copy(self), torch.randint(n, (size,), generator=generator)
+        part.x, part.y, part.factor = self.x[rows], self.y[rows], n / size
+        return part
+
+    def table_of(self, theta: Tensor) -> tuple[list[str], Tensor]:
+        """Weights of the features as they stand in the table, the intercept, and the precision alpha; float64."""
+        theta = theta.double()
+        w = theta[:, :-2] / self.scale
+        intercept = theta[:, -2] - w @ self.mean
+        names = [f"w{k + 1}" for k in range(w.shape[1])]
+        return [*names, "intercept", "alpha"], torch.cat([w, intercept[:, None], theta[:, -1:].exp()], dim=1)
 
     def log_prior(self, theta: Tensor) -> Tensor:
         w, log_alpha = theta[:, :-1], theta[:, -1]

@@ -1,6 +1,6 @@
 """HOW mass moves: the particle flow itself, learned transports, and the flow that a training run leaves behind."""
 
-from gengrad.flows.cloud import RieszCloud
+from gengrad.flows.cloud import ParticleCloud
 from gengrad.flows.flow import Flow, Samples, load
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.monotone import MonotoneTransport
@@ -12,10 +12,10 @@ __all__ = [
     "Flow",
     "GradientTransport",
     "MonotoneTransport",
+    "ParticleCloud",
     "ParticleFlow",
     "PhasedTransport",
     "PlanTransport",
-    "RieszCloud",
     "Samples",
     "Transport",
     "VelocityTransport",

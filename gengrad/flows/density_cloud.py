@@ -13,10 +13,11 @@ from gengrad.data.draws import draw
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Density
-from gengrad.networks.curvature import EXACT
+from gengrad.networks.curvature import EXACT, log_det
 
 MATCHED = 4096  # particles whose mean and covariance are made exact together
 CHUNK = 8192  # particles moved at once
+JUDGED = 4096  # particles whose score is kept in float64
 
 
 @dataclass
@@ -52,11 +53,16 @@ class Cloud:
         mover = copy.deepcopy(network).float() if fast else network
         with torch.no_grad():
             for x in self.x.float().split(CHUNK) if fast else self.x.split(CHUNK):
-                y, log_det = mover.moved(x, generator) if self.log_rho is not None else (mover(x), x[:, 0])
-                parts.append((y.double(), log_det.double()))
+                y, volume = mover.moved(x, generator) if self.log_rho is not None else (mover(x), x[:, 0])
+                parts.append((y.double(), volume.double()))
         moved, log_dets = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         log_rho = None if self.log_rho is None else self.log_rho - log_dets
-        score = None if self.score is None else pushed_score(network, self.x[: len(self.score)], self.score)
+        score = None
+        if self.score is not None:  # in the precision asked for beyond those that steps are judged on
+            halves = [(network, slice(0, JUDGED))]
+            if len(self.score) > JUDGED:
+                halves.append((mover, slice(JUDGED, len(self.score))))
+            score = torch.cat([pushed_score(net, self.x[rows], self.score[rows]) for net, rows in halves])
         return Cloud(moved, log_rho, score)
 
     def through(self, transport: Transport) -> Cloud:
@@ -70,24 +76,36 @@ class Cloud:
 
     def first(self, n: int) -> Cloud:
         """The first n particles."""
-        log_rho = None if self.log_rho is None else self.log_rho[:n]
-        return Cloud(self.x[:n], log_rho, None if self.score is None else self.score[:n])
+        return self.part(0, n)
+
+    def part(self, start: int, stop: int) -> Cloud:
+        """Particles ``start`` .. ``stop - 1``."""
+        log_rho = None if self.log_rho is None else self.log_rho[start:stop]
+        return Cloud(self.x[start:stop], log_rho, None if self.score is None else self.score[start:stop])
+
+
+def pushed_density(network: nn.Module, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(T x, log det H(x), grad log rho' at T x) of a map T = grad u with Hessian H; x and score (n, d), detached.
+
+    log rho'(T x) = log rho(x) - log det H(x), so grad log rho' = H^{-1} (grad log rho(x) - grad log det H(x)).
+    """
+    if network.is_affine:
+        q = network.quadratic.detach()
+        return (x @ q + network.shift).detach(), log_det(q).expand(len(x)), torch.linalg.solve(q, score.mT).mT
+    leaf = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        moved, hessian = network.gradient_and_hessian(leaf)
+        value = log_det(hessian)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    after = torch.linalg.solve(hessian.detach(), (score - gradient)[..., None])[..., 0]
+    return moved.detach(), value.detach(), after
 
 
 def pushed_score(network: nn.Module, x: Tensor, score: Tensor) -> Tensor:
-    """grad log rho' at T(x): H^{-1} (grad log rho(x) - grad log det H(x)), from log rho'(T x) = log rho - log det H."""
-    parts = []
-    for points, values in zip(x.split(CHUNK), score.split(CHUNK)):
-        if network.is_affine:
-            hessian, gradient = network.quadratic.detach(), torch.zeros_like(points)
-        else:
-            leaf = points.clone().requires_grad_(True)
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(network.log_det(leaf).sum(), leaf)
-            with torch.no_grad():
-                hessian = network.hessian(points)
-        parts.append(torch.linalg.solve(hessian, (values - gradient)[..., None])[..., 0])
-    return torch.cat(parts)
+    """grad log rho' at T(x), in the precision of the network."""
+    own = next(network.parameters()).dtype
+    pairs = zip(x.to(own).split(CHUNK), score.to(own).split(CHUNK))
+    return torch.cat([pushed_density(network, points, values)[2] for points, values in pairs]).double()
 
 
 def matched(x: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:

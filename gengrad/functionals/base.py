@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gengrad.registry import Configured
+
+VelocityField = Callable[[Tensor], Tensor]  # points (m, *event) -> velocities like them
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Functional(Configured, ABC):
 
     needs_density = False  # true for entropies and their like, which no empirical measure has
     takes: ClassVar[Literal["nothing", "samples", "density"]] = "samples"  # of a target, as its first argument
+    alone: ClassVar[bool] = False  # whether one that takes samples means something without any
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
@@ -55,6 +59,24 @@ class Functional(Configured, ABC):
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.value(leaf), leaf)
         return -len(x) * gradient
+
+    def field(self, x: Tensor) -> VelocityField:
+        """y (m, *event) -> the velocity there, that the particles x cause: at y = x it is ``velocity(x)``.
+
+        By itself that of one particle more, which is off by O(1 / n), one value and gradient for each row of y; a
+        subclass with a formula knows better.
+        """
+
+        def velocity(y: Tensor) -> Tensor:
+            rows = []
+            for row in y.detach():
+                leaf = row[None].requires_grad_(True)
+                with torch.enable_grad():
+                    (gradient,) = torch.autograd.grad(self.value(torch.cat([x.to(y), leaf])), leaf)
+                rows.append(-(len(x) + 1) * gradient)
+            return torch.cat(rows)
+
+        return velocity
 
     def __add__(self, other: Functional) -> Functional:
         if not isinstance(other, Functional):
@@ -96,6 +118,10 @@ class Sum(Functional):
         total = sum(w * velocity_of(term, x, part, density) for (w, term), part in zip(self.terms, parts))
         memory["log"] = {key: value for part in parts for key, value in part.get("log", {}).items()}
         return total
+
+    def field(self, x: Tensor) -> VelocityField:
+        fields = [(weight, term.field(x)) for weight, term in self.terms]
+        return lambda y: sum(weight * velocity(y) for weight, velocity in fields)
 
 
 def velocity_of(functional: Functional, x: Tensor, memory: dict | None, density: Density | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gengrad.functionals.base import Functional
+from gengrad.functionals.base import Functional, VelocityField
 from gengrad.ot import sinkhorn_divergence, sinkhorn_velocity
 from gengrad.registry import FUNCTIONALS, Settings
 
@@ -49,6 +49,28 @@ class SinkhornDivergence(Functional):
         memory["sinkhorn"] = result
         memory["log"] = sinkhorn_log(result)
         return result.velocity.view_as(x)
+
+
+    def field(self, x: Tensor) -> VelocityField:
+        """The two barycentric maps at any point, by the solved problem's potentials (Pooladian, Niles-Weed 2021)."""
+        x, target, c = x.flatten(1), self.target.to(x), self.config
+        result = sinkhorn_velocity(
+            x, target, epsilon=c.epsilon, epsilon_rel=c.epsilon_rel, tol=c.tol, skip_self_mass=2.0
+        )
+
+        def velocity(y: Tensor) -> Tensor:
+            points = y.flatten(1)
+            there = _barycentre(points, target.to(y), result.g.to(y), result.epsilon.to(y))
+            here = _barycentre(points, x.to(y), result.self_potential.to(y), result.epsilon.to(y))
+            return (there - here).view_as(y)
+
+        return velocity
+
+
+def _barycentre(points: Tensor, y: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
+    """sum_j P_j(x) y_j at points x (n, d), P_j(x) proportional to exp((g_j - |x - y_j|^2 / 2) / epsilon)."""
+    logits = (points @ y.mT + g - y.square().sum(1) / 2) / epsilon
+    return torch.softmax(logits, dim=1) @ y
 
 
 def sinkhorn_log(result) -> dict[str, float]:

@@ -46,14 +46,28 @@ def _read_term(term: Any, where: str) -> dict:
     return {"name": term["name"], "weight": float(weight), **checked.model_dump(mode="json")}
 
 
+def read_particle_expression(given: Any) -> list[dict]:
+    """``read_expression`` for methods of particles or plans; raises ``ValueError`` for a term that needs a density."""
+    terms = read_expression(given)
+    for term in terms:
+        if needs_density([term]):
+            raise ValueError(
+                f"{term['name']!r} needs a density, which neither particles have nor a plan y = T(x, z), whose latent "
+                "variable has been integrated out. Take a functional of samples (riesz_mmd, energy_distance, "
+                "sinkhorn_divergence, potential, interaction), or a method with maps that have a log det (jko_icnn)"
+            )
+    return terms
+
+
 Expression = Annotated[list[dict], BeforeValidator(read_expression)]
+ParticleExpression = Annotated[list[dict], BeforeValidator(read_particle_expression)]
 
 
 def build_expression(terms: list[dict], target=None, samples: Tensor | None = None) -> Functional:
     """The functional that the ``terms`` of ``read_expression`` describe.
 
-    ``target`` has the log density that terms such as ``kl`` take, ``samples`` are the points that divergences take;
-    raises ``ValueError`` where a term takes what is not given.
+    ``target`` has the log density that terms such as ``kl`` take, ``samples`` are the points that divergences take,
+    None for what they are ``alone``; raises ``ValueError`` where a term takes what is not given.
     """
     built: list[tuple[float, Functional]] = []
     for term in terms:
@@ -65,10 +79,10 @@ def build_expression(terms: list[dict], target=None, samples: Tensor | None = No
                 f"{getattr(target, 'name', None)!r} does not have; take sinkhorn_divergence or energy_distance, which "
                 "need its samples alone"
             )
-        if cls.takes == "samples" and samples is None:
+        if cls.takes == "samples" and samples is None and not cls.alone:
             raise ValueError(f"functional {term['name']!r} compares with samples of the data, and there are none")
-        first = {"density": (target,), "samples": (samples,), "nothing": ()}[cls.takes]
-        functional = cls(*first, config=config)
+        given = {"density": target, "samples": samples, "nothing": None}[cls.takes]
+        functional = cls(config=config) if given is None else cls(given, config=config)
         inner = functional.terms if isinstance(functional, Sum) else [(1.0, functional)]
         built += [(term["weight"] * weight, part) for weight, part in inner]
     return built[0][1] if len(built) == 1 and built[0][0] == 1.0 else Sum(built)

@@ -9,7 +9,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from gengrad.functionals.base import Functional
+from gengrad.functionals.base import Functional, VelocityField
 from gengrad.registry import FUNCTIONALS, Settings
 
 BLOCK = 2**15  # pairs held at once
@@ -70,6 +70,30 @@ class InteractionEnergy(Functional):
                 "start from a source without atoms, take a smaller tau, or give two particles or more"
             )
         return total / (2 * pairs)
+
+    def field(self, x: Tensor) -> VelocityField:
+        """-mean_k grad W(y - x_k), over the particles that y does not coincide with where W is singular."""
+        x = x.flatten(1)
+        block = max(1, BLOCK // len(x))
+        return lambda y: torch.cat([self._pull(rows, x.to(y)) for rows in y.flatten(1).split(block)]).view_as(y)
+
+    def _pull(self, y: Tensor, x: Tensor) -> Tensor:
+        z = y[:, None] - x[None]
+        squared = z.square().sum(-1)
+        together = squared == 0
+        count = (~together).sum(1, keepdim=True) if self.singular else len(x)
+        if self.W is None:
+            inside = squared.masked_fill(together, 1.0)
+            slope = _power(inside, self.config.attraction)[1]
+            if self.config.repulsion is not None:
+                slope = slope - _power(inside, self.config.repulsion)[1]
+            gradient = slope.masked_fill(together, 0.0)[..., None] * z
+        else:
+            leaf = z.masked_fill(together[..., None], 1.0).requires_grad_(True)
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(self.W(leaf).sum(), leaf)
+            gradient = gradient.masked_fill(together[..., None], 0.0)
+        return -gradient.sum(1) / count
 
 
 class _PowerPairs(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from gengrad.functionals.base import Functional
+from gengrad.functionals.base import Functional, VelocityField
 from gengrad.registry import FUNCTIONALS, POTENTIALS, Configured, Settings
 
 Positive = Annotated[float, Field(gt=0)]
@@ -65,6 +65,9 @@ class PotentialEnergy(Functional):
                 f"({int((~v.isfinite()).sum())} of {len(x)} points); it must be finite wherever mass can go"
             )
         return v.mean()
+
+    def field(self, x: Tensor) -> VelocityField:
+        return self.velocity  # -grad V, whatever the other particles do
 
 
 @POTENTIALS.register("quadratic")

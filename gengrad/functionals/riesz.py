@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gengrad.functionals.base import Functional
+from gengrad.functionals.base import Functional, VelocityField
 from gengrad.ot.riesz import Route, kernel_mean, riesz_sums
 from gengrad.registry import FUNCTIONALS, Settings
 
@@ -26,6 +26,8 @@ class RieszMMD(Functional):
     coincident pairs giving 0, exact in tiles or by a sort, or sliced (``gengrad.ot.riesz_sums``; values are always
     exact). Source: Altekrueger, Hertrich, Steidl, arXiv 2301.11624. target: (m, *event) samples. Memory: the clouds.
     """
+
+    alone = True  # the interaction energy
 
     class Config(Settings):
         r: float = Field(1.0, gt=0, lt=2)
@@ -60,6 +62,18 @@ class RieszMMD(Functional):
         flat = x.flatten(1)
         repulsion, attraction = self._gradients(flat, memory)
         return (repulsion - attraction).view_as(x)
+
+    def field(self, x: Tensor) -> VelocityField:
+        c, x, target = self.config, x.flatten(1), self.target
+
+        def velocity(y: Tensor) -> Tensor:
+            points = y.flatten(1)
+            force = riesz_sums(points, x.to(y), c.r, potential=False).gradient
+            if target is not None:
+                force = force - riesz_sums(points, target.to(y), c.r, potential=False).gradient
+            return force.view_as(y)
+
+        return velocity
 
     def _gradients(self, x: Tensor, memory: dict | None = None) -> tuple[Tensor, Tensor]:
         """The gradients at x of mean_k |x - x_k|^r and of mean_j |x - y_j|^r (0 without a target)."""

@@ -6,9 +6,9 @@ from gengrad.methods.jko_filter import JKOFilter
 from gengrad.methods.jko_icnn import JKOICNN
 from gengrad.methods.nsgf import NSGF
 from gengrad.methods.nsgf_pp import NSGFPlusPlus
+from gengrad.methods.particles import Particles
 from gengrad.methods.riesz_backward import RieszBackward
 from gengrad.methods.riesz_forward import RieszForward
-from gengrad.methods.riesz_particles import RieszParticles
 
 __all__ = [
     "JKOICNN",
@@ -18,9 +18,9 @@ __all__ = [
     "Method",
     "NSGFPlusPlus",
     "Part",
+    "Particles",
     "Problem",
     "RieszBackward",
     "RieszForward",
-    "RieszParticles",
     "Stage",
 ]

@@ -1,4 +1,4 @@
-"""The JKO step among affine maps, solved by quasi-Newton on the cloud: where the training of each step starts."""
+"""The JKO step among affine maps, solved by quasi-Newton on the cloud: before the training of each step and after."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from gengrad.flows.density_cloud import Cloud
 from gengrad.functionals.base import Density, Functional
 from gengrad.networks.curvature import log_det
+
+FAR = 1e5  # stretching, or way in units of the cloud, beyond which a step has lost its minimum
+
+
+class NoMinimumError(ValueError):
+    """The objective of a step falls without bound."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,14 @@ class JKOProblem:
 
     def objective(self, x: Tensor, y: Tensor, log_rho: Tensor | None, log_det: Tensor | None) -> Tensor:
         """tau F + E |T x - x|^2 / 2: the step's objective times tau, so that its gradients keep one size."""
-        return self.tau * self.energy(y, log_rho, log_det) + self.distance(x, y)
+        return self.tau * self.energy(y, log_rho, log_det) + self.distance(x, y.flatten(1))
 
 
 def solve_affine(problem: JKOProblem, network: nn.Module, cloud: Cloud) -> tuple[Tensor, Tensor]:
     """(Q, b) that minimise the objective over T(x) = Qx + b + grad phi(x), with the network's phi as it stands.
 
     L-BFGS in float64 over L and b, Q = e I + L L', from the network's own; gradient and Hessian of phi are computed
-    once. Where phi vanishes and rho and its minimiser are Gaussian, this is the exact JKO step.
+    once. Where phi vanishes and rho and its minimiser are Gaussian, it is the exact step. Raises ``NoMinimumError``.
     """
     x, floor = cloud.x, network.config.floor
     extra, bend = None, None
@@ -52,6 +58,7 @@ def solve_affine(problem: JKOProblem, network: nn.Module, cloud: Cloud) -> tuple
     iterations = 80 if network.is_affine else 12
     factor = network.factor.detach().to(x).clone().requires_grad_(True)
     shift = network.shift.detach().to(x).clone().requires_grad_(True)
+    reach = 1 + float(x.abs().max())
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     optimizer = torch.optim.LBFGS(
         [factor, shift], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-13
@@ -60,6 +67,8 @@ def solve_affine(problem: JKOProblem, network: nn.Module, cloud: Cloud) -> tuple
     def closure() -> Tensor:
         optimizer.zero_grad()
         q = floor * eye + factor @ factor.mT
+        if not max(float(q.detach().abs().max()), float(shift.detach().abs().max()) / reach) < FAR:  # NaN as well
+            raise NoMinimumError
         y = x @ q + shift if extra is None else x @ q + shift + extra
         volume = None
         if problem.needs_density:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
+from gengrad.data.base import Distribution
 from gengrad.data.draws import Shuffle, generator_for
-from gengrad.flows.density_cloud import Cloud
+from gengrad.flows.density_cloud import Cloud, pushed_density
 from gengrad.flows.flow import Flow
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.transports import Transport
@@ -19,13 +20,15 @@ from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import Expression, build_expression, gradient_of, needs_density, takes
 from gengrad.functionals.interaction import InteractionEnergy
 from gengrad.methods.base import Method, Part, Problem, Stage
-from gengrad.methods.jko_affine import JKOProblem, solve_affine
+from gengrad.methods.jko_affine import JKOProblem, NoMinimumError, solve_affine
 from gengrad.networks.curvature import EXACT
 from gengrad.registry import METHODS, Settings
 
 PROBES = 4096  # particles on which a step is judged
+SCORED = 32_768  # particles whose score is carried along, and trained on where the functional has a density
 PAIRS = 2048  # ... where every one of them meets every other
-CURVED = 4096  # particles for the affine start where each has its own Hessian
+CURVED = 2**21  # numbers in the Hessians of the affine solve, where each particle has its own
+BLOCKS = 8  # of the probes, on which two maps are compared
 RISE = 1e-3  # relative rise of the energy in a step that ends the run: more than the noise of the probes
 
 
@@ -47,12 +50,23 @@ class JKOICNN(Method):
     class Config(Settings):
         functional: Expression = Field([{"name": "kl", "weight": 1.0}], validate_default=True)
         tau: float = Field(0.1, gt=0)
-        jko_steps: int = Field(10, ge=1)
+        # also under the name that other methods give them, so that a config changes its method by one word
+        jko_steps: int = Field(10, ge=1, validation_alias=AliasChoices("jko_steps", "flow_steps"))
         start: Literal["affine", "identity"] = "affine"
         cloud: int = Field(100_000, ge=2)  # particles that are carried along and trained on
         affine_cloud: int = Field(32_768, ge=2)  # of them, for the affine start; fewer for a costly functional
         tol: float = Field(1e-4, ge=0)  # E|residual|^2 / E|velocity|^2 at which a step counts as solved; 0: never
         target_samples: int = Field(2048, ge=2)  # of the data, for functionals that compare with samples
+
+        @model_validator(mode="after")
+        def _has_minima(self):
+            for term in self.functional:
+                if term["weight"] < 0 and needs_density([term]):
+                    raise ValueError(
+                        f"{term['name']} of weight {term['weight']:g} falls without bound as mass concentrates: no "
+                        "step has a minimum, whatever tau; give it a positive weight"
+                    )
+            return self
 
     def least_nfe(self) -> int:
         return self.config.jko_steps
@@ -62,7 +76,7 @@ class JKOICNN(Method):
 
     def steps(self, problem: Problem, flow: Flow, updates: dict[int, Callable]) -> Iterator[Stage]:
         """The stages; ``updates[k](flow, cloud)`` gives a transport that comes before step k, with no training."""
-        functional, carried, position = self._functional(problem), Carried(problem, self.config.cloud), 0
+        functional, carried, position = self._functional_of(problem), Carried(problem, self.config.cloud), 0
         for k in range(self.config.jko_steps):
             if k in updates:
                 if position == len(flow.transports):
@@ -74,7 +88,8 @@ class JKOICNN(Method):
                 yield JKOStage(problem, self.config, functional, carried.up_to(flow), k, _last_network(flow))
             position += 1
 
-    def _functional(self, problem: Problem) -> Functional:
+    def _functional_of(self, problem: Problem) -> Callable[[Distribution], Functional]:
+        """target -> the functional towards it; the samples that it may take are the same for all."""
         c = self.config
         if needs_density(c.functional) and not hasattr(problem.source, "log_density"):
             raise ValueError(
@@ -85,7 +100,7 @@ class JKOICNN(Method):
         if takes(c.functional, "samples"):
             samples = problem.target.sample(c.target_samples, generator_for(problem.seed, "functional/target"))
             samples = samples.to(problem.device)
-        return build_expression(c.functional, problem.target, samples)
+        return lambda target: build_expression(c.functional, target, samples)
 
 
 class Carried:
@@ -97,7 +112,7 @@ class Carried:
     def up_to(self, flow: Flow) -> Cloud:
         if self.cloud is None:
             p = self.problem
-            self.cloud = Cloud.of(p.source, self.size, p.seed, PROBES, p.device)
+            self.cloud = Cloud.of(p.source, self.size, p.seed, SCORED, p.device)
         for transport in flow.transports[self.count :]:
             self.cloud = self.cloud.through(transport)
         self.count = len(flow.transports)
@@ -127,51 +142,76 @@ class JKOStage(Stage):
     """One step: from rho_k, held as a cloud, to its JKO minimiser."""
 
     def __init__(
-        self, problem: Problem, config: JKOICNN.Config, functional: Functional, cloud: Cloud, k: int,
-        before: nn.Module | None,
-    ):
+        self, problem: Problem, config: JKOICNN.Config, functional_of: Callable[[Distribution], Functional],
+        cloud: Cloud, k: int, before: nn.Module | None,
+    ):  # fmt: skip
         self.problem, self.config, self.k, self.cloud = problem, config, k, cloud
         self.name = f"step_{k + 1}"
+        self.functional_of, functional = functional_of, functional_of(problem.target)
         self.jko = JKOProblem(functional, config.tau)
         self.pairs = _has_pairs(functional)
         self.probes = cloud.first(PAIRS if self.pairs else PROBES)
         network = problem.make_network() if before is None else copy.deepcopy(before)
         network = network.to(problem.device).train().requires_grad_(True)
         network.whiten(cloud.x)
-        if config.start == "affine" and (network.is_affine or network.d <= EXACT):
-            # with a curved potential every particle has a Hessian of its own
-            most = PAIRS if self.pairs else config.cloud if network.is_affine else CURVED
-            network.set_affine(*solve_affine(self.jko, network, cloud.first(min(most, config.affine_cloud))))
+        if config.start == "affine":
+            self._solve_affine(network)
         self.networks = {"potential": network}
         self.initial = copy.deepcopy(network).requires_grad_(False)
         self.at_start = self._judge(self.initial)
         self.solved = self.at_start["residual"] is not None and self.at_start["residual"] <= config.tol
         self.steps = 0 if self.solved else steps_of(k, config.jko_steps, problem.steps)
-        self._order = Shuffle(len(cloud.x), problem.seed, f"train/cloud/{k}")
+        # particles with a score give gradients that vanish with the residual, one by one
+        self.scored = self.jko.needs_density and cloud.score is not None and not _is_singular(functional)
+        count = len(cloud.score) if self.scored else len(cloud.x)
+        self._order = Shuffle(count, problem.seed, f"train/cloud/{k}")
         self._done, self.record = 0, {}
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         rows = self._order.take(part.step * part.size, (part.step + 1) * part.size)[part.rows()]
-        x = self.cloud.x[rows.to(self.cloud.x.device)].float()
-        log_rho = log_det = None
-        y = x.view(-1, *self.problem.source.event_shape)
-        if self.jko.needs_density:
-            y, log_det = networks["potential"](y, log_det=True, generator=generator)
-            log_rho = self.cloud.log_rho[rows.to(self.cloud.x.device)].float()
+        rows, self._done = rows.to(self.cloud.x.device), part.step + 1
+        jko, target = self.jko, self.problem.target.estimate(generator)
+        if target is not self.problem.target:
+            jko = JKOProblem(self.functional_of(target), jko.tau)
+        x = self.cloud.x[rows].float().view(-1, *self.problem.source.event_shape)
+        log_rho = self.cloud.log_rho[rows].float() if jko.needs_density else None
+        if self.scored:
+            energy, distance, slope = self._by_score(jko, networks["potential"], x, log_rho, self.cloud.score[rows])
         else:
-            y = networks["potential"](y)
-        energy, distance = self.jko.energy(y, log_rho, log_det), self.jko.distance(x, y.flatten(1))
-        self._done = part.step + 1
-        return self.jko.tau * energy + distance, {"energy": energy.item(), "move": 2 * distance.item()}
+            y, log_det = networks["potential"](x), None
+            if jko.needs_density:
+                y, log_det = networks["potential"](x, log_det=True, generator=generator)
+            energy, distance, slope = jko.energy(y, log_rho, log_det), jko.distance(x, y), 0.0
+        logs = {"energy": energy.item(), "move": 2 * distance.item()}
+        return jko.tau * energy + distance + slope, logs
+
+    def _by_score(self, jko: JKOProblem, potential: nn.Module, x: Tensor, log_rho: Tensor, score: Tensor) -> tuple:
+        """(F, E|Tx - x|^2 / 2, 0 with the gradient of tau F + E|Tx - x|^2 / 2 in the weights).
+
+        That gradient is E <tau grad dF/drho (Tx) + Tx - x, dT>, the internal energies' part integrated by parts: equal
+        on average to the one through log det, but zero particle by particle at the minimum, where the other is noise.
+        """
+        y = potential(x)
+        moved, log_det, after = pushed_density(self.networks["potential"], x.flatten(1), score.float())
+        density = Density(log_rho - log_det, after.view_as(x))
+        field = jko.tau * gradient_of(jko.functional, moved.view_as(x), density) + (moved.view_as(x) - x)
+        slope = (field * y).flatten(1).sum(1).mean()
+        with torch.no_grad():
+            energy = jko.functional(moved.view_as(x), density)
+        return energy, jko.distance(x, moved.view_as(x)), slope - slope.detach()
 
     def transport(self, networks: dict[str, nn.Module]) -> Transport:
-        """The better of the trained map and the start, judged on the same particles."""
-        network, found = networks["potential"], self._judge(networks["potential"])
-        trained = not self.solved and found["objective"] < self.at_start["objective"]
-        if not trained:
-            network, found = self.initial, self.at_start
+        """The better of two maps on the same particles: the start, and the trained one with its affine part redone."""
+        network, found, trained = self.initial, self.at_start, False
+        if not self.solved:
+            learned = copy.deepcopy(networks["potential"])
+            if self._done >= self.steps:  # not for a checkpoint on the way
+                self._solve_affine(learned)
+            judged = self._judge(learned)
+            if is_better(judged, self.at_start):
+                network, found, trained = learned, judged, True
         before = self._judge(None)["energy"]
         self.record = {
             "step": self.k + 1,
@@ -190,6 +230,24 @@ class JKOStage(Stage):
     def summary(self) -> dict[str, float]:
         return {key: float(self.record[key]) for key in ("time", "energy", "move", "residual", "trained")
                 if self.record.get(key) is not None}
+
+    @torch.no_grad()
+    def _solve_affine(self, network: nn.Module) -> None:
+        """Gives the network the best affine part beyond its phi."""
+        if not network.is_affine and network.d > EXACT:
+            return  # Hessians of that size are not assembled
+        # with a curved potential every particle has a Hessian of its own
+        most = len(self.cloud.x) if network.is_affine else CURVED // network.d**2
+        most = min(PAIRS if self.pairs else max(most, PROBES), self.config.affine_cloud)
+        try:
+            q, b = solve_affine(self.jko, network, self.cloud.first(most))
+        except NoMinimumError:
+            raise ValueError(
+                f"{self.name}: mass flies off to infinity, the step has no minimum. Where the energy is concave, tau "
+                f"times its curvature must stay below 1: take a smaller tau (now {self.jko.tau:g}); the flow of the "
+                f"{self.k} steps before is kept"
+            ) from None
+        network.set_affine(q, b)
 
     def _refuse_rise(self, before: float, after: float) -> None:
         if after - before > RISE * (1 + abs(before)):
@@ -212,6 +270,12 @@ class JKOStage(Stage):
             density = None if after.log_rho is None else Density(after.log_rho)
             energy = float(self.jko.functional(after.x.view(shape), density))
             distance = float(self.jko.distance(before.x, after.x))
+            parts = [
+                tau * self.jko.functional(y.view(shape), None if density is None else Density(density.log[rows]))
+                + self.jko.distance(before.x[rows], y)
+                for rows in torch.arange(len(after.x)).to(after.x.device).chunk(BLOCKS)
+                if len(y := after.x[rows]) > 1
+            ]
         residual = None
         smooth = not _is_singular(self.jko.functional)
         if network is not None and smooth and (after.score is not None or not self.jko.needs_density):
@@ -221,7 +285,20 @@ class JKOStage(Stage):
             field = gradient_of(self.jko.functional, after.x[:count].view(shape), density).flatten(1)
             speed = (after.x[:count] - before.x[:count]) / tau
             residual = float((speed + field).square().sum() / speed.square().sum().clamp_min(1e-300))
-        return {"energy": energy, "move": 2 * distance, "objective": tau * energy + distance, "residual": residual}
+        return {"energy": energy, "move": 2 * distance, "parts": torch.stack(parts), "residual": residual}
+
+
+def is_better(judged: dict, start: dict) -> bool:
+    """Whether a trained map is better than the start: by the objective, or where its noise hides that by the residual.
+
+    Near the minimum the difference of two objectives is of second order in that of the maps, but its noise of first:
+    blocks of particles say how large it is. The residual vanishes there particle by particle, and has no such noise.
+    """
+    gain = start["parts"] - judged["parts"]
+    noise = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else gain.new_zeros(())
+    if abs(gain.mean()) > 2 * noise or start["residual"] is None or judged["residual"] is None:
+        return bool(gain.mean() > 2 * noise)
+    return judged["residual"] < start["residual"]
 
 
 def steps_of(k: int, count: int, total: int) -> int:

@@ -8,15 +8,16 @@ from statistics import mean
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
 from gengrad.data.draws import Shuffle, Stream, generator_for
 from gengrad.flows.flow import Flow
-from gengrad.flows.particles import geodesic_taus, geodesic_times
+from gengrad.flows.particles import geodesic_taus, geodesic_times, particle_flow
 from gengrad.flows.pool import TrajectoryPool
 from gengrad.flows.transports import VelocityTransport
 from gengrad.functionals.divergence import sinkhorn_log
+from gengrad.functionals.expression import ParticleExpression, build_expression, takes
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.regression import Examples, LabelDropout, classes_in, forget_labels, matching_loss
 from gengrad.ot import SinkhornResult, exact_assignment, sinkhorn_velocity
@@ -29,14 +30,20 @@ class NSGF(Method):
 
     X^{k+1} = X^k + eta_k v(X^k), v = sinkhorn_velocity(X^k, Y); the network is regressed on w = v / (1 - t) along the
     path, t the geodesic clock (t_{k+1} - t_k = eta_k (1 - t_k)), so that dx/dt = w runs from 0 to 1 and w stays as
-    large as y - x_0 on the whole way.
+    large as y - x_0 on the whole way. With another ``functional`` the paths are those of its particle flow, and t is
+    flow time in units of flow_steps tau.
     """
 
     class Config(Settings):
         # euler: particles are moved and the plan solved again at each step (the paper); geodesic: solved once at the
         # source, straight from there, flow_steps times cheaper
         pool: Literal["euler", "geodesic"] = "geodesic"
-        flow_steps: int = Field(5, ge=1)
+        flow_steps: int = Field(5, ge=1, validation_alias=AliasChoices("flow_steps", "jko_steps"))
+        # another functional of particles, an expression: its flow of `flow_steps` steps of `tau` in flow time is
+        # learned, from draws of the data where it compares with samples (pool: euler, and none of the Sinkhorn
+        # settings); none: the Sinkhorn divergence
+        functional: ParticleExpression | None = None
+        tau: float = Field(0.1, gt=0)
         # mean: the debiased barycentric velocity of the theory; sample: towards a target point drawn from the plan's
         # row; match: the plan rounded to the best permutation, which its potentials find quickly (epsilon -> 0). Drawn
         # and matched targets never lie between two modes and have the target's law, so they need no self term
@@ -55,8 +62,21 @@ class NSGF(Method):
         ot_scope: Literal["global", "rows", "local"] = "global"
         label_dropout: LabelDropout = 0.1  # share of the labels hidden from a network that takes classes, for guidance
 
+        @model_validator(mode="before")
+        @classmethod
+        def _step_by_step(cls, given):
+            """Another functional has no plan to go straight along; the settings of the Sinkhorn flow say nothing."""
+            if not isinstance(given, dict) or given.get("functional") is None:
+                return given
+            idle = [key for key in ("epsilon", "epsilon_rel", "target", "tol") if key in given]
+            if idle and given.get("pool") != "euler":  # a resolved config holds them all
+                raise ValueError(f"functional=... takes no {', '.join(idle)}: they are of the Sinkhorn divergence")
+            return {**given, "pool": "euler"} if "pool" not in given else given
+
         @model_validator(mode="after")
         def _matchable(self):
+            if self.functional is not None and self.pool != "euler":
+                raise ValueError("functional=... is followed step by step: take pool=euler, or leave it out")
             if self.target == "match" and (self.ot_scope == "rows" or self.target_batch not in (None, self.ot_batch)):
                 raise ValueError("target=match pairs points one to one: leave out target_batch, and ot_scope=rows")
             return self
@@ -95,6 +115,7 @@ class SinkhornStage(Stage):
         self.period = ceil(config.uses * config.ot_batch / problem.batch_size)
         steps = config.flow_steps if config.pool == "euler" else 1
         self.times = until * torch.tensor(geodesic_times(steps))
+        self.compares = config.functional is None or takes(config.functional, "samples")
         self._pool: TrajectoryPool | None = None
         self._newest = -1  # number of the newest path batch in the pool
         self._logs: dict[str, float] = {}
@@ -153,7 +174,7 @@ class SinkhornStage(Stage):
         x = self._take(self.source, number, c.ot_batch, rank, world)
         alone = c.ot_scope == "local"
         place = (c.target_batch or c.ot_batch, rank if alone else 0, world if alone else 1)
-        y = self._take(self.target, number, *place)
+        y = self._take(self.target, number, *place) if self.compares else x[:0]
         labels = self._take(self.target, number, *place, labels=True) if self.problem.classes else None
         seed = generator_for(self.problem.seed, "train/plan", number, rank).initial_seed()
         generator = torch.Generator(self.problem.device).manual_seed(seed)
@@ -172,8 +193,17 @@ class SinkhornStage(Stage):
         take = stream.labels if labels else stream.take
         return take(number * size + rows.start, number * size + rows.stop).to(self.problem.device)
 
+    def _descent(self, x: Tensor, y: Tensor) -> Tensor:
+        """The particle flow of another functional, in equal steps of the clock."""
+        functional = build_expression(self.config.functional, self.problem.target, y)
+        flowed = particle_flow(functional, x, [self.config.tau] * (len(self.times) - 1))
+        self._logs = flowed.logs[-1]
+        return flowed.states
+
     def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock."""
+        if self.config.functional is not None:
+            return self._descent(x, y)
         c, shape, y = self.config, x.shape, y.flatten(1)
         x = x.flatten(1)
         states, logs, solved = [x], [], None

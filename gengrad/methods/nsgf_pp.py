@@ -34,6 +34,7 @@ class NSGFPlusPlus(Method):
 
     class Config(NSGF.Config):
         flow_steps: int = Field(5, ge=1, le=5)
+        functional: None = None  # its first phase is that of the Sinkhorn divergence
         until: float = Field(0.5, gt=0, lt=1)  # where on the clock the Sinkhorn phase ends
         # the straight flow is trained this much before `until` as well, for samples that the predictor places earlier;
         # 1: on the whole clock, as in the paper, at the price of capacity

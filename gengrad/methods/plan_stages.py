@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gengrad.data.draws import Keyed, Shuffle, Stream, generator_for
 from gengrad.flows.flow import Flow
 from gengrad.flows.transports import PlanTransport
 from gengrad.functionals.base import Functional
+from gengrad.functionals.expression import ParticleExpression, build_expression
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.registry import FUNCTIONALS, Settings
 
@@ -24,7 +23,7 @@ from gengrad.registry import FUNCTIONALS, Settings
 class DescentSettings(Settings):
     """What descends, from where to where in flow time."""
 
-    functional: dict[str, Any] = Field({"name": "riesz_mmd", "r": 1.0}, validate_default=True)
+    functional: ParticleExpression = Field([{"name": "riesz_mmd", "r": 1.0}], validate_default=True)
     towards: Literal["data", "nothing"] = "data"  # nothing: the interaction energy alone, the data are its closed form
     tau: float = Field(0.1, gt=0)  # length of one step in flow time
     flow_steps: int = Field(12, ge=1)  # how many steps
@@ -33,10 +32,13 @@ class DescentSettings(Settings):
         """The lengths of the steps in flow time."""
         return [self.tau] * self.flow_steps
 
-    @field_validator("functional")
-    @classmethod
-    def _a_functional_of_samples(cls, given):
-        return read_functional(given)
+    @model_validator(mode="after")
+    def _has_a_target(self):
+        for term in self.functional if self.towards == "nothing" else []:
+            cls = FUNCTIONALS.get(term["name"])
+            if cls.takes == "samples" and not cls.alone:
+                raise ValueError(f"{term['name']!r} is nothing without a target: leave out towards=nothing")
+        return self
 
 
 class PlanSettings(DescentSettings):
@@ -48,36 +50,6 @@ class PlanSettings(DescentSettings):
     # looks (one every 50 optimiser steps, at a fixed batch) without progress until a step ends early: the learning
     # rate then decays to zero over half as many steps as were made; none: every step takes its share of train.steps
     patience: int | None = Field(None, ge=1)
-
-
-def read_functional(given: dict) -> dict:
-    """A functional's name and all its settings; raises ``ValueError`` for a wrong one, or one that needs a density."""
-    settings = {key: value for key, value in given.items() if key != "name"}
-    chosen = FUNCTIONALS.get(given.get("name"))
-    if chosen.needs_density:
-        raise ValueError(
-            f"{given['name']!r} needs a density, and a plan y = T(x, z) has none that could be computed: its latent "
-            "variable has been integrated out. Take a functional of samples (riesz_mmd, energy_distance, "
-            "sinkhorn_divergence), or a method with maps that have a log det"
-        )
-    try:
-        return {"name": given["name"], **chosen.Config(**settings).model_dump(mode="json")}
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"{given['name']}: {'; '.join(lines)}") from None
-
-
-def functional_at(settings: dict, target: Tensor | None) -> Functional:
-    """The functional of ``read_functional``'s settings, towards the target's points where it takes any."""
-    if target is not None and takes_target(FUNCTIONALS.get(settings["name"])):
-        return FUNCTIONALS.build(settings, target=target)
-    return FUNCTIONALS.build(settings)
-
-
-@lru_cache
-def takes_target(functional: type[Functional]) -> bool:
-    """Whether the functional is one of a target's samples."""
-    return "target" in inspect.signature(functional).parameters
 
 
 class PlanMethod(Method):
@@ -168,10 +140,10 @@ class PlanStage(Stage):
     def functional(self, part: Part) -> Functional:
         """The functional towards this step's target points: all processes meet the same ones."""
         if self.config.towards == "nothing":
-            return functional_at(self.config.functional, None)
+            return build_expression(self.config.functional)
         size = self.config.target_batch or part.size
         y = self.target.take(part.step * size, (part.step + 1) * size)
-        return functional_at(self.config.functional, y.to(self.problem.device))
+        return build_expression(self.config.functional, self.problem.target, y.to(self.problem.device))
 
     def transport(self, networks: dict[str, nn.Module]) -> PlanTransport:
         return PlanTransport(networks["plan"])

@@ -63,15 +63,21 @@ class RieszForward(PlanMethod):
 
         @model_validator(mode="after")
         def _has_a_directional_derivative(self):
-            if not issubclass(FUNCTIONALS.get(self.functional["name"]), RieszMMD):
+            term, *more = self.functional
+            if more or term["weight"] != 1 or not issubclass(FUNCTIONALS.get(term["name"]), RieszMMD):
+                given = " + ".join(f"{t['weight']:g} {t['name']}" for t in self.functional)
                 raise ValueError(
-                    f"the forward scheme needs the one-sided derivative, which {self.functional['name']!r} does not "
-                    "have: take riesz_mmd or energy_distance, or method.name=riesz_backward"
+                    f"the forward scheme needs the one-sided derivative, which {given!r} does not have: take riesz_mmd "
+                    "or energy_distance alone, with weight 1, or method.name=riesz_backward"
                 )
             return self
 
+        @property
+        def r(self) -> float:
+            return self.functional[0]["r"]
+
     def objections(self, source: Distribution, target: Distribution) -> list[str]:
-        r = self.config.functional["r"]
+        r = self.config.r
         if r < 1 and hasattr(source, "atoms"):
             return [
                 f"source {source.name!r} has atoms of mass, where the derivative of the Riesz energy with r={r} < 1 is "
@@ -81,7 +87,7 @@ class RieszForward(PlanMethod):
         return []
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
-        r = self.config.functional["r"]
+        r = self.config.r
         if r > 1 and hasattr(problem.source, "atoms"):
             warnings.warn(
                 f"the forward scheme with r={r} > 1 starts at atoms of mass, where the derivative of the repulsion is "

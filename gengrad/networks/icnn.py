@@ -95,18 +95,18 @@ class ICNN(nn.Module, Configured):
         if self.d > EXACT:
             value = log_det_surrogate(lambda v: self.hessian_product(flat, v), flat, generator)
             return self._gradient(flat).view_as(x), value
-        gradient, hessian = self._gradient_and_hessian(flat)
+        gradient, hessian = self.gradient_and_hessian(flat)
         return gradient.view_as(x), _log_det(hessian)
 
     def hessian(self, x: Tensor) -> Tensor:
         """Hess u(x), (n, *event) -> (n, d, d), positive definite."""
         if not torch.is_grad_enabled() and self.is_affine:
             return self.quadratic.expand(len(x), -1, -1)
-        return self._gradient_and_hessian(x.flatten(1))[1]
+        return self.gradient_and_hessian(x.flatten(1))[1]
 
     def correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """grad phi (n, d) and Hess phi (n, d, d): what the map has beyond Qx + b."""
-        gradient, hessian = self._gradient_and_hessian(x)
+        gradient, hessian = self.gradient_and_hessian(x)
         return gradient - x @ self.quadratic - self.shift, hessian - self.quadratic
 
     def log_det(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -122,7 +122,7 @@ class ICNN(nn.Module, Configured):
         """grad u(x) and the value of log det Hess u(x), in one pass where that is exact; x (n, d)."""
         if self.d > EXACT or self.is_affine:
             return self(x), self.log_det(x, generator)
-        gradient, hessian = self._gradient_and_hessian(x)
+        gradient, hessian = self.gradient_and_hessian(x)
         return gradient, _log_det(hessian)
 
     def hessian_product(self, x: Tensor, v: Tensor) -> Tensor:
@@ -174,8 +174,10 @@ class ICNN(nn.Module, Configured):
                 total = total + pulled.flatten(1) @ r[layer - 1].flatten(0, 1)
         return total
 
-    def _gradient_and_hessian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Hess u = Q + sum_l J_l' diag(g_l sigma'(z_l)) J_l + sum_lr a_l R_lr R_lr', J_l = dz_l / dx.
+    def gradient_and_hessian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """grad u (n, d) and Hess u (n, d, d) at x (n, d):
+
+        Hess u = Q + sum_l J_l' diag(g_l sigma'(z_l)) J_l + sum_lr a_l R_lr R_lr', J_l = dz_l / dx.
 
         Every term is positive semidefinite. Jacobians are kept as (n, d, width), so that P_l meets them in one product.
         """

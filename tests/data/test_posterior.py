@@ -71,3 +71,25 @@ def test_a_table_that_is_no_classification_is_refused(table, changes, says):
 def test_an_npz_must_say_which_arrays_it_means(table):
     with pytest.raises(ValueError, match="name its arrays"):
         LogisticPosterior(path=table("t.npz"))
+
+
+def test_a_minibatch_of_rows_gives_the_log_density_on_average(table):
+    data = LogisticPosterior(path=table(rows=200), minibatch=20)
+    theta = torch.randn(3, 5, generator=generator_for(0, "test")).double()
+    some = torch.stack([data.estimate(generator_for(k, "rows")).log_density(theta) for k in range(2000)])
+    noise = some.std(0) / len(some) ** 0.5
+    assert (some.std(0) > 0).all() and ((some.mean(0) - data.log_density(theta)).abs() < 4 * noise).all()
+    assert len(data.x) == 160  # what is judged stays whole
+    whole = LogisticPosterior(path=table(rows=200))
+    assert whole.estimate(generator_for(0, "rows")) is whole
+
+
+def test_exported_weights_give_the_same_logits_on_the_table_as_it_stands(table):
+    path = table()
+    data, theta = LogisticPosterior(path=path), torch.randn(4, 5, generator=generator_for(1, "test")).double()
+    names, rows = data.table_of(theta)
+    assert names == ["w1", "w2", "w3", "intercept", "alpha"]
+    raw = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1)[:, :3])
+    standard = (raw - data.mean) / data.scale
+    assert torch.allclose(rows[:, :3] @ raw.T + rows[:, 3:4], theta[:, :3] @ standard.T + theta[:, 3:4])
+    assert torch.allclose(rows[:, 4], theta[:, 4].exp())

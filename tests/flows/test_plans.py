@@ -5,7 +5,7 @@ import torch
 
 import gengrad
 from gengrad.data import Diracs, Keyed
-from gengrad.flows import Flow, PlanTransport, RieszCloud, particle_flow
+from gengrad.flows import Flow, ParticleCloud, PlanTransport, particle_flow
 from gengrad.flows.cloud import growing_taus
 from gengrad.functionals import RieszMMD
 from gengrad.networks import Plan
@@ -70,7 +70,8 @@ def test_the_particles_of_a_cloud_carry_new_particles_where_they_went_themselves
     x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     taus = growing_taus(1.5, 6)
     flowed = particle_flow(RieszMMD(target), x, taus)
-    cloud = RieszCloud(flowed.states[:-1], x[:0] if target is None else target, taus, 1.0)
+    terms = [{"name": "riesz_mmd", "weight": 1.0, "r": 1.0}]
+    cloud = ParticleCloud(flowed.states[:-1], x[:0] if target is None else target, taus, terms)
     path = list(cloud.path(x))
     assert torch.allclose(path[-1], flowed.states[-1], atol=1e-5)  # fp32 sums in another order
     assert cloud.cost(7) == 0 and len(path) == 6

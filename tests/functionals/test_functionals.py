@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengrad.functionals import EnergyDistance, SinkhornDivergence
+from gengrad.functionals import EnergyDistance, Functional, InteractionEnergy, PotentialEnergy, SinkhornDivergence
 from gengrad.registry import FUNCTIONALS
 
 # settings tight enough that the solver's tolerance does not show, in fp64
@@ -91,3 +91,33 @@ def test_sinkhorn_divergence_of_two_diracs_is_half_the_squared_distance():
 def test_a_wrong_setting_is_a_value_error_that_names_it():
     with pytest.raises(ValueError, match="epsilon_rel"):
         SinkhornDivergence(torch.zeros(2, 2), epsilon_rel=-1.0)
+
+
+FIELDS = [
+    *(make(name, cloud(6, 2, 4)) for name in TO_SAMPLES),
+    PotentialEnergy(potential="double_well"),
+    InteractionEnergy(),
+    InteractionEnergy(attraction=4.0, repulsion=2.0),
+    InteractionEnergy(lambda z: (1 + z.square().sum(-1)).sqrt()),
+    0.5 * PotentialEnergy(potential="double_well") + 2 * InteractionEnergy(),
+]
+
+
+@pytest.mark.parametrize("functional", FIELDS, ids=lambda f: type(f).__name__)
+def test_the_field_at_the_particles_is_their_velocity(functional):
+    x = cloud(9, 2, 0)
+    assert torch.allclose(functional.field(x)(x), functional.velocity(x), rtol=1e-4, atol=1e-5)
+    assert functional.field(x)(cloud(4, 2, 7)).shape == (4, 2)
+
+
+def test_a_functional_without_a_field_of_its_own_has_that_of_one_particle_more():
+    class Variance(Functional):
+        """F = E |x - E x|^2 / 2, whose velocity at y is E x - y."""
+
+        takes = "nothing"
+
+        def value(self, x):
+            return (x - x.mean(0)).square().sum(1).mean() / 2
+
+    x, y = cloud(400, 2, 0), cloud(5, 2, 1)
+    assert torch.allclose(Variance().field(x)(y), x.mean(0) - y, atol=2e-2)  # O(1/n)

@@ -13,7 +13,7 @@ from gengrad.flows import Flow
 from gengrad.functionals.potential import random_spd
 from gengrad.methods import JKOICNN, Part, Problem
 from gengrad.methods.jko_affine import JKOProblem, solve_affine
-from gengrad.methods.jko_icnn import steps_of
+from gengrad.methods.jko_icnn import is_better, steps_of
 from gengrad.networks import ICNN
 from gengrad.ot import gaussian_jko_step
 
@@ -95,6 +95,46 @@ def test_the_mean_over_two_processes_is_the_loss_of_one():
         for rank, world in ((0, 2), (1, 2), (0, 1))
     ]
     assert torch.allclose((losses[0] + losses[1]) / 2, losses[2], rtol=1e-5)
+
+
+def gradient(stage, size, scored):
+    stage.scored = scored
+    network = stage.networks["potential"]
+    network.zero_grad()
+    stage.objective(stage.networks, Part(0, size), generator_for(0, "t"))[0].backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("functional", ["kl", [{"name": "power_entropy", "m": 2.0}, "kl"]])
+def test_the_gradient_by_scores_is_that_through_log_det_on_average(functional):
+    target = GaussianMixture(**{k: v for k, v in MIXTURE.items() if k != "name"})
+    source = StandardNormal(event_shape=(2,))
+    method = JKOICNN(functional=functional, tau=0.5, jko_steps=1, cloud=32_768, start="identity")
+    stage = next(iter(method.stages(problem(source, target, width=8), Flow(source))))
+    with torch.no_grad():
+        stage.networks["potential"].scales.fill_(0.02)
+    through, by_score = gradient(stage, 32_768, False), gradient(stage, 32_768, True)
+    # two means over the same particles with noise of their own: 1 / sqrt(32,768) of a few
+    assert (through - by_score).norm() < 0.05 * through.norm()
+
+
+def test_at_the_exact_step_gradients_by_scores_vanish_particle_by_particle():
+    source = Gaussian(mean=[1.0, 0.0], covariance=[[2.0, 0.3], [0.3, 1.0]])
+    terms = [{"name": "potential", "potential": "quadratic"}, {"name": "entropy"}]
+    method = JKOICNN(functional=terms, tau=0.5, jko_steps=1, cloud=4096)
+    stage = next(iter(method.stages(problem(source, Space(dimension=2), width=8), Flow(source))))
+    assert gradient(stage, 16, True).norm() < 1e-4 < 1e-2 < gradient(stage, 16, False).norm()
+
+
+def test_a_trained_map_is_kept_where_it_is_better_beyond_noise_and_else_by_its_residual():
+    blocks = torch.tensor([1.0, 1.2, 0.8, 1.1])
+    start = {"parts": blocks, "residual": 0.1}
+    assert is_better({"parts": blocks - 0.5, "residual": 0.2}, start)
+    assert not is_better({"parts": blocks + 0.5, "residual": 0.0}, start)
+    noisy = blocks + torch.tensor([0.3, -0.3, 0.2, -0.25])
+    assert is_better({"parts": noisy, "residual": 0.05}, start)
+    assert not is_better({"parts": noisy, "residual": 0.2}, start)
+    assert not is_better({"parts": noisy, "residual": None}, start)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ SMALLER = {
     "flow_matching": {},
     "riesz_backward": {"flow_steps": 2, "pool": 64},
     "riesz_forward": {"flow_steps": 2, "pool": 64},
-    "riesz_particles": {"flow_steps": 2, "particles": 64},
+    "particles": {"flow_steps": 2, "particles": 64},
 }
 SMALLER["nsgf_pp"] = SMALLER["nsgf"]
 SMALLER["jko_icnn"] = {"jko_steps": 2, "cloud": 128}

@@ -9,7 +9,7 @@ from gengrad.data import Diracs, RieszProfile, generator_for
 from gengrad.evaluation.riesz import radius_error
 from gengrad.flows import Flow
 from gengrad.functionals import Functional, RieszMMD
-from gengrad.methods import Part, Problem, RieszBackward, RieszForward, RieszParticles
+from gengrad.methods import Part, Problem, RieszBackward, RieszForward
 from gengrad.methods.plan_stages import pushed
 from gengrad.networks import Plan
 from gengrad.registry import FUNCTIONALS, METHODS
@@ -148,7 +148,8 @@ def test_a_dirac_bursts_to_the_radius_of_the_closed_form(name, small, tmp_path):
 
 
 def test_particles_burst_to_the_radius_of_the_closed_form(small, tmp_path):
-    method = {"name": "riesz_particles", "towards": "nothing", "tau": 0.05, "flow_steps": 8, "particles": 1000}
+    method = {"name": "particles", "functional": "riesz_mmd", "towards": "nothing", "tau": 0.05, "flow_steps": 8,
+              "particles": 1000}
     path = small("run", source=DIRAC, data=PROFILE, method=method)
     assert main(["train", str(path)]) == 0
     flow = gengrad.load(tmp_path / "run")
@@ -205,7 +206,8 @@ def test_the_backward_scheme_descends_other_functionals_of_samples():
         (RieszBackward, {"functional": {"name": "riesz_mmd", "r": 2.5}}, "r: Input should be less than 2"),
         (RieszBackward, {"functional": {"name": "riesz_mdm"}}, "Did you mean 'riesz_mmd'"),
         (RieszForward, {"functional": {"name": "sinkhorn_divergence"}}, "one-sided derivative"),
-        (RieszParticles, {"functional": {"name": "sinkhorn_divergence"}}, "follows riesz_mmd"),
+        (RieszForward, {"functional": {"name": "riesz_mmd", "weight": 2.0}}, "alone, with weight 1"),
+        (RieszBackward, {"functional": {"name": "sinkhorn_divergence"}, "towards": "nothing"}, "without a target"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(method, settings, says):

@@ -66,13 +66,16 @@ class Cloud:
         return Cloud(moved, log_rho, score)
 
     def through(self, transport: Transport) -> Cloud:
-        """The cloud after a transport that has a density; one without a potential loses the score."""
+        """The cloud after a transport that has a density; one that knows no score loses it."""
         if isinstance(transport, GradientTransport):
             # a curved map in the precision of its training, at half the time; the score and affine maps in float64
             return self.pushed(copy.deepcopy(transport.network).double(), fast=not transport.network.is_affine)
         with torch.no_grad():
             log_rho = None if self.log_rho is None else self.log_rho - transport.log_det(self.x)
-            return Cloud(transport.push(self.x), log_rho, None)
+            score = None
+            if self.score is not None and hasattr(transport, "score_after"):
+                score = transport.score_after(self.x[: len(self.score)])
+            return Cloud(transport.push(self.x), log_rho, score)
 
     def first(self, n: int) -> Cloud:
         """The first n particles."""

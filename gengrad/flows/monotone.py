@@ -13,19 +13,21 @@ from gengrad.flows.transports import KINDS, Transport
 class MonotoneTransport(Transport):
     """Piecewise linear and increasing on the line, T(knots) = images, straight on beyond them; no network evaluation.
 
-    ``record``: plain data of the step that it makes.
+    ``record``: plain data of the step that it makes. ``scores``: where known, the derivative of the logarithm of the
+    density that it leaves, at the images; a table's own second derivative would be worth nothing.
     """
 
     kind = "monotone"
     has_density = True
 
-    def __init__(self, knots: Tensor, images: Tensor, record: dict | None = None):
+    def __init__(self, knots: Tensor, images: Tensor, record: dict | None = None, scores: Tensor | None = None):
         super().__init__()
         if knots.shape != images.shape or knots.ndim != 1 or len(knots) < 2:
             raise ValueError(f"a monotone map has as many images as knots, at least 2; got {len(knots)}, {len(images)}")
         self.record = dict(record or {})
         self.register_buffer("knots", knots.double())
         self.register_buffer("images", images.double())
+        self.register_buffer("scores", None if scores is None else scores.double())
 
     def path(self, x: Tensor, generator: torch.Generator | None = None, nfe: int | None = None) -> Iterator[Tensor]:
         yield _interpolate(x, self.knots, self.images)
@@ -42,13 +44,18 @@ class MonotoneTransport(Transport):
     def inverse(self, y: Tensor) -> Tensor:
         return _interpolate(y, self.images, self.knots)
 
+    def score_after(self, x: Tensor) -> Tensor | None:
+        """d log rho / dy of the density left, at y = T(x); (n, 1) like x."""
+        return None if self.scores is None else _interpolate(x, self.knots, self.scores)
+
     def describe(self) -> dict:
-        return {"kind": self.kind, "knots": len(self.knots), "record": self.record}
+        known = self.scores is not None
+        return {"kind": self.kind, "knots": len(self.knots), "record": self.record, "scores": known}
 
     @classmethod
     def rebuild(cls, description: dict) -> MonotoneTransport:
         line = torch.linspace(0, 1, description["knots"])
-        return cls(line, line, description["record"])
+        return cls(line, line, description["record"], line if description.get("scores") else None)
 
 
 KINDS[MonotoneTransport.kind] = MonotoneTransport
@@ -84,7 +91,9 @@ def reweighting(
     images = torch.where(middle, _invert(f, g, grid), _invert(from_below, to_below, -grid.flip(0), flip=True))
     keep = (images.diff(prepend=images[:1] - 1) > 1e-12) & (images >= low) & (images <= high)
     keep &= torch.minimum(f, from_below) > 1e-13
-    return MonotoneTransport(grid[keep], images[keep], record), log_z
+    slope = torch.gradient(log_new, spacing=step)[0]
+    scores = _interpolate(images[keep], grid, slope)
+    return MonotoneTransport(grid[keep], images[keep], record, scores), log_z
 
 
 def _distribution(log_density: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from gengrad.registry import METHODS, Settings
 PROBES = 4096  # particles on which a step is judged
 SCORED = 32_768  # particles whose score is carried along, and trained on where the functional has a density
 PAIRS = 2048  # ... where every one of them meets every other
-CURVED = 2**21  # numbers in the Hessians of the affine solve, where each particle has its own
+CURVED = 8192  # particles for the affine solve where each has its own Hessian; half of them above d = 16
 BLOCKS = 8  # of the probes, on which two maps are compared
 RISE = 1e-3  # relative rise of the energy in a step that ends the run: more than the noise of the probes
 
@@ -237,8 +237,8 @@ class JKOStage(Stage):
         if not network.is_affine and network.d > EXACT:
             return  # Hessians of that size are not assembled
         # with a curved potential every particle has a Hessian of its own
-        most = len(self.cloud.x) if network.is_affine else CURVED // network.d**2
-        most = min(PAIRS if self.pairs else max(most, PROBES), self.config.affine_cloud)
+        most = len(self.cloud.x) if network.is_affine else CURVED // (1 + (network.d > 16))
+        most = min(PAIRS if self.pairs else most, self.config.affine_cloud)
         try:
             q, b = solve_affine(self.jko, network, self.cloud.first(most))
         except NoMinimumError:

@@ -48,6 +48,18 @@ def test_its_log_det_is_the_slope():
     assert torch.allclose(slope.log()[inside], transport.log_det(x)[inside], atol=1e-6)
 
 
+def test_it_knows_the_score_of_the_density_that_it_leaves():
+    _, transport, _ = update()
+    x = torch.linspace(-8, 9, 50)[:, None].double()
+    exact = -(transport.push(x) + 0.6) / 0.8
+    assert (transport.score_after(x) - exact).abs().max() < 1e-3
+    again = transport_from(transport.describe())
+    again.load_state_dict(transport.state_dict())
+    assert torch.equal(again.score_after(x), transport.score_after(x))
+    line = torch.linspace(0, 1, 5)
+    assert transport_from(MonotoneTransport(line, line).describe()).score_after(x) is None
+
+
 def test_a_table_of_another_length_is_refused():
     with pytest.raises(ValueError, match="as many images as knots"):
         MonotoneTransport(torch.arange(3.0), torch.arange(4.0))

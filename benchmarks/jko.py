@@ -108,7 +108,7 @@ def mixture_config(d: int, seed: int, quick: bool) -> dict:
     }
 
 
-MIXTURE_LR = 4e-2
+MIXTURE_LR = 2e-2
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from gengrad.cli import main
 from gengrad.data import LogisticPosterior, generator_for
 
 
@@ -93,3 +95,27 @@ def test_exported_weights_give_the_same_logits_on_the_table_as_it_stands(table):
     standard = (raw - data.mean) / data.scale
     assert torch.allclose(rows[:, :3] @ raw.T + rows[:, 3:4], theta[:, :3] @ standard.T + theta[:, 3:4])
     assert torch.allclose(rows[:, 4], theta[:, 4].exp())
+
+
+def test_a_trained_posterior_reports_held_out_rows_and_exports_its_weights(table, tmp_path, capsys):
+    raw = {
+        "out": str(tmp_path / "run"),
+        "data": {"name": "logistic_posterior", "path": table("t.npz", rows=300), "features": "x", "labels": "y",
+                 "minibatch": 64},
+        "network": {"name": "icnn", "width": 8},
+        "method": {"name": "jko_icnn", "functional": "kl", "tau": 1.0, "jko_steps": 2, "cloud": 1024},
+        "train": {"steps": 20, "batch_size": 64},
+        "evaluate": {"nfe": [2], "n": 50},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert main(["evaluate", raw["out"]]) == 0
+    told = capsys.readouterr().out
+    accuracy = float(told.split("accuracy ")[1].split()[0])
+    assert accuracy > 0.85 and "log likelihood" in told and "samples.csv" in told
+    with open(tmp_path / "run" / "samples.csv") as file:
+        assert file.readline().strip() == "w1,w2,w3,intercept,alpha"
+        weights = np.loadtxt(file, delimiter=",")
+    assert weights.shape == (50, 5) and weights[:, 0].mean() > abs(weights[:, 1].mean())
+    assert main(["sample", raw["out"], "--n", "7", "--nfe", "2", "--out", str(tmp_path / "w.npy")]) == 0
+    assert np.load(tmp_path / "w.npy").shape == (7, 5)

@@ -84,8 +84,9 @@ def _top(states: Sequence[State], chosen: Sequence[int]) -> float | None:
     """The largest density shown on the line, so that all panels share one scale; None elsewhere."""
     if states[0][0].shape[1] != 1:
         return None
-    # a quantile: a start that is nearly a point would flatten all the rest
-    return 1.15 * float(np.quantile([float(states[k][1].exp().quantile(0.99)) for k in chosen], 0.8))
+    peaks = [float(states[k][1].exp().quantile(0.99)) for k in chosen]
+    # not the largest where it stands out: a start that is nearly a point would flatten all the rest
+    return 1.15 * min(max(peaks), 2 * float(np.quantile(peaks, 0.8)))
 
 
 def _panel(axes: Axes, state: State, truth, limits, top: float | None, share: float) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import gengrad
-from gengrad import pictures, plotting
+from gengrad import plotting
 from gengrad.config import RunConfig, load_config, read_config
 from gengrad.evaluation.report import format_table
 from gengrad.files import write_json
@@ -154,7 +154,7 @@ def work(results: dict, given: argparse.Namespace, clock: Clock) -> None:
                 cells["nfe"][str(nfe)] = judge(run, nfe, given)
                 write_json(given.out / "results.json", results)
         rows = {f"NFE {nfe}": gengrad.load(run).sample(8, nfe, seed=0) for nfe in given.nfe}
-        plotting.save(pictures.strips(rows), given.out / f"{method}.png")
+        plotting.save(plotting.strips(rows), given.out / f"{method}.png")
 
 
 def main(arguments: list[str] | None = None) -> int:

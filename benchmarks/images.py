@@ -30,7 +30,7 @@ import yaml
 from torch import nn
 
 import gengrad
-from gengrad import pictures, plotting
+from gengrad import plotting
 from gengrad.config import RunConfig, read_config
 from gengrad.data.base import FiniteData
 from gengrad.data.draws import generator_for
@@ -150,7 +150,7 @@ def methods(results: dict, given: argparse.Namespace) -> None:
     given.pictures.mkdir(parents=True, exist_ok=True)
     for nfe in (5, 10):
         grids = {title: flow.sample(36, nfe, seed=0) for title, flow in flows.items()}
-        plotting.save(pictures.side_by_side(grids), given.pictures / f"images_nfe{nfe}{'_quick' * given.quick}.png")
+        plotting.save(plotting.side_by_side(grids), given.pictures / f"images_nfe{nfe}{'_quick' * given.quick}.png")
 
 
 def methods_table(results: dict) -> str:

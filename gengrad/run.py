@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import gengrad
-from gengrad import pictures, plotting, proxy
+from gengrad import plotting
 from gengrad.config import ConfigError, RunConfig, deciding
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
+from gengrad.evaluation import proxy
 from gengrad.files import write_atomically
 from gengrad.flows.flow import Flow, load
 from gengrad.methods.base import Method, Problem
@@ -302,11 +303,11 @@ def _image_pictures(flow: Flow, config: RunConfig) -> None:
     """A few samples on their way, and what each phase of the flow leaves, into the ``pictures`` folder."""
     folder, nfe = Path(config.general.out) / "pictures", config.evaluate.nfe[0]
     path, phases = flow.trajectory(36, nfe=nfe, seed=0), flow.phases(nfe)
-    plotting.save(pictures.on_the_way(path, phases), folder / "on_the_way.png")
+    plotting.save(plotting.on_the_way(path, phases), folder / "on_the_way.png")
     if len(phases) > 1:
         ends = [sum(count for _, count in phases[: k + 1]) for k in range(len(phases))]
         grids = {f"{name}, {count} steps": path[end] for (name, count), end in zip(phases, ends)}
-        plotting.save(pictures.side_by_side(grids), folder / "phases.png")
+        plotting.save(plotting.side_by_side(grids), folder / "phases.png")
 
 
 def _farewell(

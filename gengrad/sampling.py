@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gengrad import pictures, plotting
+from gengrad import plotting
 from gengrad.data.base import Distribution, FiniteData
 from gengrad.data.draws import generator_for
 from gengrad.data.images import as_bytes
@@ -91,7 +91,7 @@ def truth_of(flow: Flow, n: int) -> Tensor | None:
 def write_strip(flow: Flow, nfes: list[int], file: Path, *, n: int = 12, **options) -> None:
     """Images of the same seeds at each NFE, a row for each, into a PNG."""
     rows = {f"NFE {nfe}": flow.sample(n, nfe, **options) for nfe in nfes}
-    plotting.save(pictures.strips(rows), file)
+    plotting.save(plotting.strips(rows), file)
 
 
 def features_at_hand(target: FiniteData) -> str:
@@ -222,7 +222,6 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
     Energies beside the closed form where there is one, densities beside the truth or the target, and what the data say
     of the samples. Returns the report, None for a flow without recorded steps.
     """
-    from gengrad import density_plots
     from gengrad.evaluation.steps import forward_densities, judge_end, judge_steps, steps_table
     from gengrad.evaluation.truth import truth_of_flow
 
@@ -240,12 +239,12 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
         states = [state for k, state in enumerate(forward_densities(flow, min(n, 4000), seed)) if k in ends]
         times = [0.0] + [row["time"] for row in rows]
         chosen = sorted({round(share * len(rows) / 4) for share in range(5)})
-        plotting.save(density_plots.density_figure(states, law, times, chosen), folder / "density.png")
+        plotting.save(plotting.density_figure(states, law, times, chosen), folder / "density.png")
         if len(flow.event_shape) == 1 and flow.event_shape[0] <= 2:
-            density_plots.density_gif(states, law, times, folder / "density.gif")
+            plotting.density_gif(states, law, times, folder / "density.gif")
         if target.has_samples and hasattr(target, "log_density"):
             report["end"] = judge_end(flow, target, n=n, seed=seed)
-    plotting.save(density_plots.energy_figure(rows), folder / "energy.png")
+    plotting.save(plotting.energy_figure(rows), folder / "energy.png")
     x = flow.sample(n, seed=seed)
     report["samples"] = target.score_samples(x)
     if (named := target.table_of(x)) is not None:

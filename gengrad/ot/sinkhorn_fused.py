@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import sinkhorn_core as core
 from . import sinkhorn_numba as fused
-from . import sinkhorn_numba_own as own_kernels
+from . import sinkhorn_numba_ends as ends
+from . import sinkhorn_numba_self as own_kernels
 from .sinkhorn_problem import Problem
 from .sinkhorn_solve import FIRST_SELF_GOAL, SELF_SHARE, Options, Solution, bound_coordinates, residual_goal
 
@@ -96,7 +97,7 @@ def room(p: Problem) -> Answers:
 
 
 def skip_bound(c: Clouds, coordinates: int) -> tuple[float, float]:
-    """See `sinkhorn_core.skip_bound`."""
+    """See `sinkhorn_self.skip_bound`."""
     n, d = c.x.shape
     z = np.ascontiguousarray(c.x[:, :: max(1, d // coordinates)]) / F(math.sqrt(c.eps))
     products, dot = workspace("products", n, n)
@@ -201,7 +202,7 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
 def solve_one(c: Clouds, o: Options, s: np.ndarray | None, s_self: np.ndarray | None, out: Answers) -> tuple[bool, int]:
     """One problem into `out`; whether it converged, and its sweeps."""
     (n, d), m, cost, eps = c.x.shape, len(c.y), c.cost, c.eps
-    log_b, var_x, var_y, rate, top_x = own_kernels.prepare(
+    log_b, var_x, var_y, rate, top_x = ends.prepare(
         c.x, c.y, c.half_x, c.half_y, c.mean_x, c.mean_y, c.a, c.b, eps
     )
     spread, root = math.sqrt(min(d * eps, 2 * cost)), math.sqrt(1 - rate)
@@ -215,7 +216,7 @@ def solve_one(c: Clouds, o: Options, s: np.ndarray | None, s_self: np.ndarray | 
         torch.mm(torch.from_numpy(c.x), torch.from_numpy(c.y).T, out=products)
     if s is None:
         sweeps = max(0, math.floor(math.log(max(cost / eps, 1.0), core.STAGE_RATIO)))
-        psi = own_kernels.gaussian_start(
+        psi = ends.gaussian_start(
             c.y, c.half_y, c.mean_x, c.mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps
         )
         s = fused.anneal(dot, c.x, yt, psi, log_b, eps, c.a, c.b, sweeps)
@@ -242,12 +243,12 @@ def finish(c: Clouds, o: Options, own: OwnMap | None, kernel: Tensor, state, err
     (v, s, log_b, log_row), (marginal, error, floor), k = state, errors, kernel.numpy()
     own_target, solved = c.x if own is None else own.target(), own is not None and not own.skipped
     if c.y.shape[1] <= NARROW:
-        mean_s = own_kernels.row_means(k, v, s)
+        mean_s = ends.row_means(k, v, s)
         fused.averages(k, v, _columns(c.y), out.target)
     else:
-        mean_s = own_kernels.normalise(k, v, s)
+        mean_s = ends.normalise(k, v, s)
         torch.mm(kernel, torch.from_numpy(c.y), out=torch.from_numpy(out.target))
-    speed, value, neighbours = own_kernels.finish(
+    speed, value, neighbours = ends.finish(
         c.x, out.target, own_target, solved, out.velocity, c.centre, c.a, c.b, s, log_b, log_row, mean_s,
         c.half_x, c.half_y, c.eps, out.f, out.g,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Same algorithm, same letters, same constants; what changes is the memory traffic. An annealing sweep makes each row of
 the kernel in cache, uses it and forgets it; a sweep in the exp domain reads the stored kernel once instead of twice;
 in few dimensions the products x.y are never stored. The exponential is a polynomial, so that the compiler vectorises
-the row loops. `sinkhorn_numba_own` has the self problem, and what happens before and after the iterations.
+the row loops. `sinkhorn_numba_self` has the self problem, `sinkhorn_numba_ends` what happens before and after.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple:
     E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y.
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and has_numba():
-        from .sinkhorn_numba_own import moments
+        from .sinkhorn_numba_ends import moments
 
         *arrays, cost, offset = moments(x.numpy(), y.numpy(), a.numpy(), b.numpy())
         return *map(torch.from_numpy, arrays), [max(c, 0.0) if c == c else c for c in cost.tolist()], offset.tolist()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sinkhorn_core as core
+from . import sinkhorn_self as symmetric
 from .sinkhorn_kernels import make_kernel
 from .sinkhorn_problem import Problem, has_numba
 
@@ -116,7 +117,7 @@ class SelfMap:
         variance = 2 * (problem.a * problem.half_x).sum(-1) - problem.mean_x.square().sum(-1)
         far = float((variance / problem.eps).min())
         if coordinates := bound_coordinates(far, *problem.x.shape[1:], options):
-            mass, bound = core.skip_bound(problem.x, problem.a, problem.eps, coordinates)
+            mass, bound = symmetric.skip_bound(problem.x, problem.a, problem.eps, coordinates)
             if bool((mass >= options.skip_self_mass).all()):
                 self.mass, self.error = mass, bound
         self.skipped = bool(torch.isfinite(self.error).all())
@@ -128,7 +129,7 @@ class SelfMap:
         p, o = self.problem, self.options
         if self.kernel is None:
             self.kernel = make_kernel(p.x, p.x, o.max_memory, o.products)
-        solved = core.solve_self(
+        solved = symmetric.solve_self(
             self.kernel,
             self.s,
             p.a,

@@ -136,8 +136,7 @@ def test_two_processes_evaluate_together(run, tmp_path):
 
 
 def test_a_curve_of_the_score_is_drawn_while_it_trains(run, tmp_path, monkeypatch):
-    from gengrad import proxy
-    from gengrad.evaluation import classifier
+    from gengrad.evaluation import classifier, proxy
 
     monkeypatch.setattr(classifier, "steps_for", lambda n: 20)
     monkeypatch.setattr(proxy, "SAMPLES", 30)

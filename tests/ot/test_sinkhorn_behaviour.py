@@ -141,8 +141,8 @@ def test_where_the_self_map_is_the_identity_it_is_not_solved_and_nothing_changes
     options = {"epsilon_rel": 0.01, "backend": backend, "tol": 1e-2}
     solved = ot.sinkhorn_velocity(x, y, skip_self_mass=2.0, **options)
     solver = {
-        "torch": "gengrad.ot.sinkhorn_core.solve_self",
-        "numba": "gengrad.ot.sinkhorn_numba_own.solve_self",
+        "torch": "gengrad.ot.sinkhorn_self.solve_self",
+        "numba": "gengrad.ot.sinkhorn_numba_self.solve_self",
     }
     monkeypatch.setattr(solver[backend], None)  # calling it now fails
     skipped = ot.sinkhorn_velocity(x, y, **options)

@@ -10,7 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gengrad.plotting import INK, PALE_INK, SAMPLES, SOURCE, TARGET, _figure, _flow_colours, _legend, _open, write_gif
+from .style import (
+    INK,
+    PALE_INK,
+    SAMPLES,
+    SOURCE,
+    TARGET,
+    curve_panel,
+    flow_colours,
+    legend_below,
+    new_figure,
+    write_gif,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +33,7 @@ Law = Callable[[int], object] | None  # step -> what has log_density(x) and samp
 
 def energy_figure(rows: Sequence[dict]) -> Figure:
     """The energy over flow time, beside that of the exact implicit steps and of the continuous flow where known."""
-    figure, (left, right) = _figure(2, 9.0, 3.4)
+    figure, (left, right) = new_figure(2, 9.0, 3.4)
     time = [0.0] + [row["time"] for row in rows]
     start = rows[0]["energy_before"]
     for key, label, look in (
@@ -32,12 +43,12 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
     ):
         if all(key in row for row in rows):
             left.plot(time, [start] + [row[key] for row in rows], label=label, **look)
-    _open(left, "flow time", "energy")
+    curve_panel(left, "flow time", "energy")
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
     known = [row for row in rows if row.get("residual")]
     if known:
         right.semilogy([r["time"] for r in known], [r["residual"] for r in known], color=SAMPLES, marker="o", ms=3.5)
-    _open(right, "flow time", "relative optimality residual")
+    curve_panel(right, "flow time", "relative optimality residual")
     return figure
 
 
@@ -46,14 +57,14 @@ def density_figure(states: Sequence[State], law: Law, times: Sequence[float], ch
 
     From d = 3 on it is a histogram of the first principal coordinate, beside draws of the law.
     """
-    figure, panels = _figure(len(chosen), 2.9 * len(chosen), 3.3)
+    figure, panels = new_figure(len(chosen), 2.9 * len(chosen), 3.3)
     limits, top = _window([states[k][0] for k in chosen]), _top(states, chosen)
     for axes, k in zip(panels, chosen):
         truth = law(k) if law is not None else None
         _panel(axes, states[k], truth, limits, top, k / max(len(states) - 1, 1))
         axes.set_title(f"t = {times[k]:.3g}", fontsize=11, color=INK)
     if states[0][0].shape[1] != 2:
-        _legend(figure, panels[-1], 2)
+        legend_below(figure, panels[-1], 2)
     return figure
 
 
@@ -64,7 +75,7 @@ def density_gif(states: Sequence[State], law: Law, times: Sequence[float], file:
     limits, top = _window([x for x, _ in states]), _top(states, range(len(states)))
     frames = []
     for k, state in enumerate(states):
-        figure, (axes,) = _figure(1, 2.6, 2.7)
+        figure, (axes,) = new_figure(1, 2.6, 2.7)
         _panel(axes, state, law(k) if law is not None else None, limits, top, k / max(len(states) - 1, 1))
         axes.set_title(f"t = {times[k]:.3g}", fontsize=9, color=INK)
         figure.canvas.draw()
@@ -91,7 +102,7 @@ def _top(states: Sequence[State], chosen: Sequence[int]) -> float | None:
 
 def _panel(axes: Axes, state: State, truth, limits, top: float | None, share: float) -> None:
     x, log_rho = state
-    colour = _flow_colours()(share)
+    colour = flow_colours()(share)
     if x.shape[1] == 1:
         order = x[:, 0].argsort()
         if truth is not None:
@@ -99,7 +110,7 @@ def _panel(axes: Axes, state: State, truth, limits, top: float | None, share: fl
             axes.fill_between(grid, truth.log_density(grid[:, None]).exp(), color=TARGET, lw=0, label="truth")
         axes.plot(x[order, 0], log_rho[order].exp(), color=colour, linewidth=1.8, label="learned")
         axes.set(xlim=(limits[0][0], limits[1][0]), ylim=(0, top))
-        _open(axes, "", "")
+        curve_panel(axes, "", "")
     elif x.shape[1] == 2:
         _plane(axes, x, log_rho, truth, limits)
     else:
@@ -130,5 +141,5 @@ def _marginal(axes: Axes, x: Tensor, truth, colour) -> None:
         y = truth.sample(20_000, torch.Generator().manual_seed(0)).double()
         axes.hist((y @ axis).numpy(), bins=60, density=True, color=TARGET, label="truth")
     axes.hist((x @ axis).numpy(), bins=60, density=True, histtype="step", color=colour, linewidth=1.6, label="learned")
-    _open(axes, "first principal coordinate", "")
+    curve_panel(axes, "first principal coordinate", "")
     axes.set_yticks([])

@@ -1,4 +1,4 @@
-"""Pictures of image flows: the same seeds over the training, at each NFE, phase by phase and on their way."""
+"""Images: grids, the same seeds over the training, at each NFE, phase by phase and on their way."""
 
 from __future__ import annotations
 
@@ -6,18 +6,44 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from gengrad.plotting import INK, _figure, image_grid
+from .style import INK, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+
+def image_grid(images: Tensor, columns: int | None = None, scale: int | None = None, gap: int = 1) -> Image:
+    """Images (n, 1 or 3, h, w) in [-1, 1] as one picture; ``columns`` near the square root of n by default.
+
+    Every pixel becomes a square of side ``scale`` (default: such that the picture is about 512 wide, never smoothed).
+    Raises ``ValueError`` for another shape.
+    """
+    from PIL import Image
+
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"image_grid draws images (n, 1 or 3, h, w); got shape {tuple(images.shape)}")
+    n, c, h, w = images.shape
+    columns = columns or max(1, round(n**0.5))
+    rows = -(-n // columns)
+    scale = scale or max(1, 512 // (columns * (w + gap)))
+    pixels = (images.detach().cpu().float() * 127.5 + 128).nan_to_num(128).clamp(0, 255).byte()
+    canvas = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, dtype=torch.uint8)
+    for k, image in enumerate(pixels):
+        top, left = gap + (k // columns) * (h + gap), gap + (k % columns) * (w + gap)
+        canvas[:, top : top + h, left : left + w] = image
+    array = canvas[0].numpy() if c == 1 else canvas.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(array)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def side_by_side(grids: Mapping[str, Tensor], columns: int = 6) -> Figure:
     """Grids of images (n, c, h, w) beside one another, each under its name."""
     side = columns * 0.42 + 0.1
-    figure, panels = _figure(len(grids), side * len(grids), side + 0.3)
+    figure, panels = new_figure(len(grids), side * len(grids), side + 0.3)
     for axes, (name, images) in zip(panels, grids.items()):
         axes.imshow(_pixels(images, columns))
         axes.set_title(name, fontsize=10, color=INK)

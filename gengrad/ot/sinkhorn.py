@@ -45,9 +45,7 @@ class SinkhornResult:
     value: Tensor  # OT_eps(x, y), the dual value <a, f> + <b, g>
     self_value: Tensor | None  # OT_eps(x, x)
     backend: str  # "torch" or "numba"
-    _x: Tensor = field(repr=False)
-    _y: Tensor = field(repr=False)
-    _b: Tensor = field(repr=False)
+    _problem: Problem = field(repr=False)
     _versions: tuple[int, int] = field(repr=False)
 
     def sample_targets(self, generator: torch.Generator | None = None, block: int = 2**22) -> Tensor:
@@ -57,15 +55,15 @@ class SinkhornResult:
         on the device of the points. In a batch indices count within each problem's y. RuntimeError if
         the points have been changed in place since the solve.
         """
-        if (self._x._version, self._y._version) != self._versions:
+        p = self._problem
+        if (p.x._version, p.y._version) != self._versions:
             raise RuntimeError(
                 "sample_targets: the points were changed in place since the solve, so their plan is gone; draw before "
                 "the step, or step with x = x + tau * v."
             )
-        x, y, b = (t if t.ndim == r else t[None] for t, r in ((self._x, 3), (self._y, 3), (self._b, 2)))
-        g, eps = self.g.reshape(b.shape), self.epsilon.reshape(-1)
+        x, y, g, eps = p.x, p.y, self.g.reshape(p.b.shape), p.eps
         uniform = torch.rand(x.shape[:2], generator=generator, dtype=x.dtype, device=x.device)
-        s = g / eps[:, None] + torch.log(b) - y.square().sum(-1) / (2 * eps[:, None])
+        s = g / eps[:, None] + torch.log(p.b) - y.square().sum(-1) / (2 * eps[:, None])
         rows = max(1, block // (y.shape[1] * len(y)))
         drawn = []
         for i in range(0, x.shape[1], rows):
@@ -74,7 +72,7 @@ class SinkhornResult:
             level = uniform[:, i : i + rows, None] * cumulative[..., -1:]
             drawn.append(torch.searchsorted(cumulative, level, right=True)[..., 0].clamp_max(y.shape[1] - 1))
         drawn = torch.cat(drawn, 1)
-        return drawn if self._x.ndim == 3 else drawn[0]
+        return drawn[0] if p.single else drawn
 
 
 def _options(tol, max_iter, debias, skip_self_mass, max_memory, products, backend) -> Options:
@@ -92,22 +90,18 @@ def _options(tol, max_iter, debias, skip_self_mass, max_memory, products, backen
 
 
 def _warm(problem: Problem, warm: SinkhornResult | None, debias: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The previous potentials in the solver's variables, for the present points and epsilon."""
+    """The previous potentials g (B, m) and, for the self map, h (B, n): a start at any points and epsilon."""
     if warm is None:
         return None, None
-    p, g = problem, warm.g.reshape(-1, warm.g.shape[-1]).to(problem.x)
+    p, g, h = problem, warm.g.reshape(-1, warm.g.shape[-1]), warm.self_potential
     if g.shape != p.b.shape:
         raise ValueError(
             f"sinkhorn: warm_start has potentials of shape {tuple(warm.g.shape)} for {tuple(p.b.shape)} targets; pass "
             "the result of a call with the same number of problems and targets, or None."
         )
-    eps = p.eps[:, None]
-    s = (g - p.half_y) / eps + torch.log(p.b).clamp_min(-1e4)
-    h = warm.self_potential
     if not debias or h is None or h.numel() != p.a.numel():
-        return s, None
-    h = h.reshape(p.a.shape).to(p.x)
-    return s, (h - p.half_x) / eps + torch.log(p.a).clamp_min(-1e4)
+        return g.to(p.x), None
+    return g.to(p.x), h.reshape(p.a.shape).to(p.x)
 
 
 def _result(p: Problem, r: Solution, backend: str) -> SinkhornResult:
@@ -121,22 +115,21 @@ def _result(p: Problem, r: Solution, backend: str) -> SinkhornResult:
             int((~r.converged).sum()), len(errors), worst, float(errors[worst]),
             int(r.iterations.reshape(-1)[worst]), float(p.eps[worst]),
         )  # fmt: skip
-    x, y, b, eps = (p.x[0], p.y[0], p.b[0], p.eps[0]) if p.single else (p.x, p.y, p.b, p.eps)
     named = vars(r)
     if backend == "torch" and p.centre is not None:  # the fused path is back already
         centre = p.centre[0] if p.single else p.centre
         named["target"] = r.target + centre
         named["self_target"] = None if r.self_target is None else r.self_target + centre
-    elif r.self_target is not None and r.self_target.data_ptr() == x.data_ptr():
-        named["self_target"] = x.clone()  # a skipped self map: no alias of the caller's points
-    return SinkhornResult(**named, epsilon=eps, backend=backend, _x=x, _y=y, _b=b, _versions=(x._version, y._version))
+    elif r.self_target is not None and r.self_target.data_ptr() == p.x.data_ptr():
+        named["self_target"] = r.self_target.clone()  # a skipped self map: no alias of the caller's points
+    eps, versions = p.eps[0] if p.single else p.eps, (p.x._version, p.y._version)
+    return SinkhornResult(**named, epsilon=eps, backend=backend, _problem=p, _versions=versions)
 
 
 @torch.no_grad()
 def _run(x, y, epsilon, epsilon_rel, a, b, warm_start, options: Options) -> SinkhornResult:
     problem = read_problem(x, y, epsilon, epsilon_rel, a, b)
-    s, s_self = _warm(problem, warm_start, options.debias)
-    return _result(problem, *solve(problem, options, s, s_self))
+    return _result(problem, *solve(problem, options, *_warm(problem, warm_start, options.debias)))
 
 
 def sinkhorn(

@@ -109,14 +109,14 @@ def skip_bound(c: Clouds, coordinates: int) -> tuple[float, float]:
 class OwnMap:
     """The barycentric map of x onto itself, by the symmetric scaling u, P_ij = K_ij u_i u_j, K of unit diagonal."""
 
-    def __init__(self, clouds: Clouds, options: Options, variance: float, top: float, warm: np.ndarray | None, out):
+    def __init__(self, clouds: Clouds, options: Options, variance: float, top: float, h: np.ndarray | None, out):
         self.clouds, self.options, self.out = clouds, options, out
         self.error, self.mass, self.kernel, self.ku = math.inf, 1.0, None, EMPTY
         self.xt, (n, d) = _columns(clouds.x), clouds.x.shape
         self.spread = math.sqrt(min(d * clouds.eps, 2 * clouds.cost, top))  # see `sinkhorn_solve.self_modes`
         slow = clouds.eps / max(2 * top, 1e-37)
         self.rate = 1 / (math.sqrt(1 + slow * slow) + slow)
-        self.u = np.sqrt(clouds.a) if warm is None else np.exp(warm + clouds.half_x / F(clouds.eps))
+        self.u = np.sqrt(clouds.a) if h is None else clouds.a * np.exp(h / F(clouds.eps))
         if coordinates := bound_coordinates(variance / clouds.eps, n, d, options):
             mass, bound = skip_bound(clouds, coordinates)
             if mass >= options.skip_self_mass:
@@ -179,7 +179,7 @@ def _seen(points: np.ndarray) -> np.ndarray:
     return points if omega is None else torch.mm(torch.from_numpy(points), omega).numpy()
 
 
-def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
+def solve_fused(problem: Problem, options: Options, g: Tensor | None, h: Tensor | None) -> Solution:
     """Solve the problems of a batch in turn; arguments as `solve_torch`, the solution in the caller's coordinates.
 
     It has a batch dimension only if the caller's clouds have.
@@ -187,7 +187,7 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     answers, o = room(problem), options
     for i, clouds in enumerate(read_clouds(problem)):
         at = ... if problem.single else i
-        warm = (None if t is None else t.numpy()[i] for t in (s, s_self))
+        warm = (None if t is None else t.numpy()[i] for t in (g, h))
         part = Answers(*(t[at] for t in answers[:7]), None, None)
         answers.converged[at], answers.iterations[at] = solve_one(clouds, o, *warm, part)
     f, g, target, velocity, own, h, numbers, done, sweeps = map(torch.from_numpy, answers)
@@ -199,7 +199,7 @@ def solve_fused(problem: Problem, options: Options, s: Tensor | None, s_self: Te
     return solution
 
 
-def solve_one(c: Clouds, o: Options, s: np.ndarray | None, s_self: np.ndarray | None, out: Answers) -> tuple[bool, int]:
+def solve_one(c: Clouds, o: Options, g: np.ndarray | None, h: np.ndarray | None, out: Answers) -> tuple[bool, int]:
     """One problem into `out`; whether it converged, and its sweeps."""
     (n, d), m, cost, eps = c.x.shape, len(c.y), c.cost, c.eps
     log_b, var_x, var_y, rate, top_x = ends.prepare(
@@ -207,21 +207,21 @@ def solve_one(c: Clouds, o: Options, s: np.ndarray | None, s_self: np.ndarray | 
     )
     spread, root = math.sqrt(min(d * eps, 2 * cost)), math.sqrt(1 - rate)
     floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) * (1 + root) / (2 * root)
-    own = OwnMap(c, o, d * var_x, top_x, s_self, out.self_target) if o.debias else None
+    own = OwnMap(c, o, d * var_x, top_x, h, out.self_target) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * math.sqrt(cost))
     dot, (kernel, k), yt, sweeps = EMPTY, workspace("kernel", n, m), _columns(c.y), 0
     if d > fused.DIRECT:
         products, dot = workspace("products", n, m)
         torch.mm(torch.from_numpy(c.x), torch.from_numpy(c.y).T, out=products)
-    if s is None:
+    if g is None:
         sweeps = max(0, math.floor(math.log(max(cost / eps, 1.0), core.STAGE_RATIO)))
         psi = ends.gaussian_start(
             c.y, c.half_y, c.mean_x, c.mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps
         )
         s = fused.anneal(dot, c.x, yt, psi, log_b, eps, c.a, c.b, sweeps)
     else:
-        s = s.copy()
+        s = (g - c.half_y) / F(eps) + log_b
     zt, log_row, share = np.ascontiguousarray(_seen(c.y).T), np.empty(n, F), (1 - SELF_SHARE) * o.tol
     base = _seen(c.x) if own is None else own.seen()
     while True:

@@ -62,9 +62,11 @@ def stages(problem: Problem) -> int:
     return max(0, math.floor(math.log(max(ratio, 1.0), core.STAGE_RATIO)))
 
 
-def self_start(problem: Problem) -> Tensor:
-    """log of the symmetric scalings that isolated points have, u = 1."""
-    return 0.5 * torch.log(problem.a).clamp_min(-1e4) - problem.x.square().sum(-1) / (2 * problem.eps[:, None])
+def self_start(problem: Problem, h: Tensor | None) -> Tensor:
+    """The self problem's state at its potential h (B, n), or at the scalings that isolated points have, u = 1."""
+    p, eps = problem, problem.eps[:, None]
+    log_a = torch.log(p.a).clamp_min(-1e4)
+    return (0.5 * log_a if h is None else log_a + h / eps) - p.half_x / eps
 
 
 def row_radius(problem: Problem) -> Tensor:
@@ -108,9 +110,9 @@ def bound_coordinates(far: float, n: int, d: int, options: Options) -> int:
 class SelfMap:
     """The barycentric map of x onto itself: skipped where provably the identity, otherwise solved, and refined."""
 
-    def __init__(self, problem: Problem, options: Options, s: Tensor | None):
+    def __init__(self, problem: Problem, options: Options, h: Tensor | None):
         self.problem, self.options, self.kernel = problem, options, None
-        self.s = self_start(problem) if s is None else s
+        self.s = self_start(problem, h)
         self.spread, self.rate = self_modes(problem)
         self.target, self.mass = problem.x, torch.ones_like(problem.eps)
         self.error = torch.full_like(problem.eps, math.inf)
@@ -168,18 +170,18 @@ class SelfMap:
         return p.eps[:, None] * (self.s - torch.log(p.a).clamp_min(-1e4)) + p.half_x
 
 
-def solve_torch(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> Solution:
-    """Solve a batch together; `s` and `s_self` are warm starts in the solution's own variables."""
+def solve_torch(problem: Problem, options: Options, g: Tensor | None, h: Tensor | None) -> Solution:
+    """Solve a batch together, from the potentials g (B, m) of the pair and h (B, n) of the self problem if given."""
     p, o = problem, options
     kernel = make_kernel(p.x, p.y, o.max_memory, o.products)
     log_b = torch.log(p.b).clamp_min(-1e4)
-    own = SelfMap(p, o, s_self) if o.debias else None
+    own = SelfMap(p, o, h) if o.debias else None
     if own is not None and not own.skipped:
         own.reach(FIRST_SELF_GOAL * o.tol * torch.sqrt(p.mean_cost))
     levels, sweeps = stages(p), 0
     psi = core.gaussian_start(p, p.eps * core.STAGE_RATIO**levels)
-    if s is not None:
-        levels, psi = 0, (s - log_b) * p.eps[:, None]
+    if g is not None:
+        levels, psi = 0, g - p.half_y
     z, rate = core.seen(p.y), core.slowest_rate(p.x, p.y, p.eps)
     root = torch.sqrt(1 - rate)
     floor = resolution(p) * (1 + root) / (2 * root)  # slow modes amplify rounding
@@ -243,8 +245,8 @@ def choose_backend(problem: Problem, options: Options) -> str:
     return "torch" if reasons or o.backend == "torch" else "numba"
 
 
-def solve(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor | None) -> tuple[Solution, str]:
-    """Solve with the chosen backend; the solution has a batch dimension only if the caller's clouds have.
+def solve(problem: Problem, options: Options, g: Tensor | None, h: Tensor | None) -> tuple[Solution, str]:
+    """Solve with the chosen backend, from the potentials g and h if given; results are batched if the clouds are.
 
     On a CPU problems of some size go one at a time: same work, faster products.
     """
@@ -253,12 +255,12 @@ def solve(problem: Problem, options: Options, s: Tensor | None, s_self: Tensor |
     if backend == "numba":
         from .sinkhorn_fused import solve_fused  # compiles at first use
 
-        return solve_fused(problem, options, s, s_self), backend
+        return solve_fused(problem, options, g, h), backend
 
     def part(i: int):
-        return problem.part(i), options, *(None if t is None else t[i : i + 1] for t in (s, s_self))
+        return problem.part(i), options, *(None if t is None else t[i : i + 1] for t in (g, h))
 
     if batch > 1 and problem.x.device.type == "cpu" and n * m >= 2**14:
         return join([solve_torch(*part(i)) for i in range(batch)], torch.cat), backend
-    solution = solve_torch(problem, options, s, s_self)
+    solution = solve_torch(problem, options, g, h)
     return join([solution], lambda v: v[0][0]) if problem.single else solution, backend

@@ -13,10 +13,12 @@ digits. Cells that the JSON holds are not computed again, and a run that was cut
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
 import time
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
@@ -29,23 +31,37 @@ from gengrad import pictures, plotting
 from gengrad.config import RunConfig, read_config
 from gengrad.data.base import FiniteData
 from gengrad.data.draws import generator_for
+from gengrad.data.images import as_bytes
+from gengrad.evaluation.features import ClassifierFeatures
+from gengrad.evaluation.fid import Statistics, frechet_distance, reference_statistics
 from gengrad.evaluation.report import format_table
+from gengrad.evaluation.shards import Shards
 from gengrad.files import write_json
 from gengrad.flows.particles import geodesic_taus, geodesic_times, particle_flow
 from gengrad.functionals import SinkhornDivergence
 from gengrad.networks import UNet
 from gengrad.ot import exact_assignment, sinkhorn_velocity
 from gengrad.registry import DATASETS
-from gengrad.sampling import judge_images
+from gengrad.training.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
 NFES = (1, 2, 5, 10, 20, 60)
 METHODS = {
-    "NSGF++, two networks": {},
-    "NSGF++, shared network": {"shared_network": True},
-    "flow matching": {"name": "flow_matching", "coupling": "independent"},
-    "OT flow matching": {"name": "flow_matching", "coupling": "minibatch_ot"},
+    "nsgf_pp": {"shared_network": False},
+    "nsgf_pp_shared": {"shared_network": True},
+    "flow_matching": {"name": "flow_matching", "coupling": "independent"},
+    "ot_flow_matching": {"name": "flow_matching", "coupling": "minibatch_ot"},
+    # not by default: the baseline with the coupling in principal components, which says how much of the gain that is
+    "ot_flow_matching_pca": {"name": "flow_matching", "coupling": "minibatch_ot", "ot_dims": 8},
 }
+TITLES = {
+    "nsgf_pp": "NSGF++, two networks",
+    "nsgf_pp_shared": "NSGF++, shared network",
+    "flow_matching": "flow matching",
+    "ot_flow_matching": "OT flow matching",
+    "ot_flow_matching_pca": "OT flow matching in 8 components",
+}
+DEFAULT = ("nsgf_pp", "nsgf_pp_shared", "flow_matching", "ot_flow_matching")
 EPSILONS = (0.002, 0.01, 0.05, 0.2)
 BATCHES = (128, 512, 2048)
 
@@ -57,60 +73,99 @@ def config_of(method: str, given: argparse.Namespace) -> RunConfig:
     """The shipped NSGF++ config with the method in its place: network, images and training are the same."""
     name = "digits" if given.quick else "mnist"
     raw = yaml.safe_load((ROOT / "configs" / "images" / f"{name}_nsgf_pp.yaml").read_text())
-    raw["method"] = METHODS[method] if "name" in METHODS[method] else raw["method"] | METHODS[method]
-    raw["train"] |= {"steps": given.steps, "warmup": min(50, given.steps // 10)}
+    change = METHODS[method]
+    raw["method"] = change if "name" in change else raw["method"] | change
+    raw["train"] |= {"steps": given.steps, "warmup": min(raw["train"]["warmup"], given.steps // 10)}
     if not given.quick:
         raw["data"]["root"] = given.data
-    raw |= {"out": str(given.runs / f"{name}-{method.replace(' ', '_')}-{given.steps}"), "device": given.device}
+    raw |= {"out": str(given.runs / f"{name}-{method}-{given.steps}"), "device": given.device}
     return read_config(raw)
 
 
 def train(config: RunConfig) -> dict:
-    """Trains the run, or goes on with it; {"seconds", "cpu_seconds"} of this call."""
+    """Trains the run, or goes on with it; seconds of this call, of them on transport problems, and images seen."""
     outcome = gengrad.train(config, quiet=True)
     if not outcome.finished:
         raise SystemExit("interrupted; the same command goes on")
-    return {"seconds": outcome.seconds, "cpu_seconds": outcome.cpu_seconds, "config": config.digest()}
+    rows = read_metrics(config.general.out)
+    return {
+        "seconds": outcome.seconds,
+        "cpu_seconds": outcome.cpu_seconds,
+        "ot_seconds": sum(row.get("ot_seconds", 0.0) for row in rows),
+        "images": config.train.steps * config.train.batch_size,
+        "config": config.digest(),
+    }
 
 
-def judge(config: RunConfig, target: FiniteData, nfe: int, n: int) -> dict:
-    """Every image score of the run at one NFE, three sampling seeds."""
-    flow = gengrad.load(config.general.out)
-    folder = Path(config.general.out) / "samples"
-    report = judge_images(flow, target, [nfe], n=n, draws=3, seed=0, features="classifier", folder=folder)
-    return report["results"][0]
+def judge(config: RunConfig, target: FiniteData, nfe: int, seed: int, n: int) -> dict:
+    """FD-classifier of ``n`` samples at one NFE and seed against the test images; shards go on where they were."""
+    flow, extract = gengrad.load(config.general.out), ClassifierFeatures(target)
+    truth = reference_statistics(as_bytes(target.held_out), extract)
+    shards = Shards(flow, Path(config.general.out) / "samples" / f"{nfe}-{seed}-{n}", n, nfe=nfe, seed=seed)
+    shards.draw()
+    shards.extract(extract)
+    found = {"FD-classifier": frechet_distance(Statistics.of(shards.features(extract)), truth), **shards.bill, "n": n}
+    shards.remove()
+    return found
+
+
+def floor_of(target: FiniteData, n: int) -> float:
+    """FD-classifier of ``n`` training images against the test images."""
+    extract = ClassifierFeatures(target)
+    rows = torch.randperm(len(target.points), generator=generator_for(0, "image floor"))[:n].sort().values
+    some = reference_statistics(as_bytes(target.points[rows]), extract)
+    return frechet_distance(some, reference_statistics(as_bytes(target.held_out), extract))
+
+
+def order(given: argparse.Namespace) -> list[tuple[int, int]]:
+    """(NFE, seed): few evaluations first, the many last, so that a benchmark cut short has the table's left part."""
+    return [(nfe, seed) for nfe in sorted(NFES) for seed in range(given.seeds)]
 
 
 def methods(results: dict, given: argparse.Namespace) -> None:
-    target = DATASETS.build(config_of("flow matching", given).data)
-    for method in METHODS:
+    target = DATASETS.build(config_of("flow_matching", given).data)
+    for method in given.methods:
         config = config_of(method, given)
-        cells = results["methods"].setdefault(method, {"nfe": {}})
-        if "config" in cells and cells["config"] != config.digest():
-            cells = results["methods"][method] = {"nfe": {}}  # measured under another config
+        cells = results["methods"].setdefault(method, {"cells": {}})
+        if cells.get("config", config.digest()) != config.digest():
+            cells = results["methods"][method] = {"cells": {}}  # measured under another config
         if "config" not in cells:
             cells |= train(config)
             save(results, given)
-        for nfe in NFES:
-            if str(nfe) not in cells["nfe"]:
-                cells["nfe"][str(nfe)] = judge(config, target, nfe, given.n)
+        if "floor" not in cells:
+            cells["floor"] = floor_of(target, given.n)
+    for nfe, seed in order(given):
+        for method in given.methods:
+            cells = results["methods"][method]["cells"]
+            if f"{nfe}/{seed}" not in cells:
+                cells[f"{nfe}/{seed}"] = judge(config_of(method, given), target, nfe, seed, given.n)
                 save(results, given)
-    flows = {method: gengrad.load(config_of(method, given).general.out) for method in METHODS}
+    ready = [method for method in METHODS if (Path(config_of(method, given).general.out) / "flow.json").exists()]
+    flows = {TITLES[method]: gengrad.load(config_of(method, given).general.out) for method in ready}
     given.pictures.mkdir(parents=True, exist_ok=True)
     for nfe in (5, 10):
-        grids = {method: flow.sample(36, nfe, seed=0) for method, flow in flows.items()}
+        grids = {title: flow.sample(36, nfe, seed=0) for title, flow in flows.items()}
         plotting.save(pictures.side_by_side(grids), given.pictures / f"images_nfe{nfe}{'_quick' * given.quick}.png")
 
 
 def methods_table(results: dict) -> str:
+    """Mean and standard deviation over sampling seeds; the number of seeds where there are fewer than the most."""
+    most = max((len(scores_at(cells, nfe)) for cells in results["methods"].values() for nfe in NFES), default=0)
     rows = []
     for method, cells in results["methods"].items():
-        scores = {nfe: cell["FD-classifier"] for nfe, cell in cells["nfe"].items()}
-        if scores:
-            floor = next(iter(scores.values()))["floor"]["mean"]
-            values = {f"NFE {nfe}": f"{s['mean']:.2f} ± {s['std']:.2f}" for nfe, s in scores.items()}
-            rows.append({"FD-classifier": method, **values, "floor": f"{floor:.2f}", "s": round(cells["seconds"])})
+        row = {"FD-classifier": TITLES[method]}
+        for nfe in NFES:
+            scores = scores_at(cells, nfe)
+            spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+            seeds = f" ({len(scores)} of {most} seeds)" if len(scores) < most else ""
+            row[f"NFE {nfe}"] = f"{statistics.mean(scores):.2f}{spread}{seeds}" if scores else ""
+        row |= {"floor": f"{cells['floor']:.2f}", "images": f"{cells['images']:,}"}
+        rows.append(row | {"CPU s": round(cells["cpu_seconds"]), "of them OT": round(cells["ot_seconds"])})
     return format_table(rows)
+
+
+def scores_at(cells: dict, nfe: int) -> list[float]:
+    return [cell["FD-classifier"] for key, cell in cells["cells"].items() if key.split("/")[0] == str(nfe)]
 
 
 # ------------------------------------------------------------------ phase 1
@@ -179,14 +234,18 @@ class Peer(nn.Module):
 
 
 def peers(channels: int, size: int) -> dict:
-    """UNets of about the size of ours, where their packages are installed; a name without a network where not."""
-    found: dict = {"gengrad": UNet(event_shape=(channels, size, size), channels=32, multipliers=[1, 2, 2])}
-    last = UNet(event_shape=(channels, size, size), channels=32, multipliers=[1, 2, 2], channels_last=True)
-    found["gengrad, channels_last"] = last
+    """UNets of the same number of parameters, with maps and attention of the same sizes; None where not installed.
+
+    All have 32, 64 and 64 channels, one residual block a level (two on the way up) with time as a scale and a shift,
+    and one attention, in the middle.
+    """
+    ours = {"event_shape": (channels, size, size), "channels": 32, "multipliers": [1, 2, 2]}
+    found: dict = {"gengrad": UNet(**ours), "gengrad, channels_last": UNet(**ours, channels_last=True)}
     try:
         from torchcfm.models.unet import UNetModel
 
-        network = UNetModel(dim=(channels, size, size), num_channels=32, num_res_blocks=1)
+        settings = {"channel_mult": [1, 2, 2], "attention_resolutions": "1", "use_scale_shift_norm": True}
+        network = UNetModel(dim=(channels, size, size), num_channels=32, num_res_blocks=1, **settings)
         found["torchcfm"] = Peer(network, lambda unet, x, t: unet(t, x))
     except ImportError:
         found["torchcfm"] = None
@@ -195,11 +254,27 @@ def peers(channels: int, size: int) -> dict:
 
         blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
         settings = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, **blocks}
+        settings["resnet_time_scale_shift"] = "scale_shift"
         network = UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **settings)
         found["diffusers"] = Peer(network, lambda unet, x, t: unet(x, t).sample)
     except ImportError:
         found["diffusers"] = None
+    for name in ("torchcfm", "diffusers"):
+        if found[name] is not None:  # the same layout for them, for comparison at their best
+            last = copy.deepcopy(found[name]).to(memory_format=torch.channels_last)
+            found[f"{name}, channels_last"] = ChannelsLast(last)
     return found
+
+
+class ChannelsLast(nn.Module):
+    """A network that is handed its images in channels_last layout."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(x.contiguous(memory_format=torch.channels_last), t)
 
 
 def images_per_second(networks: dict, shape: tuple, bf16: bool, steps: int, batch: int = 128) -> dict[str, float]:
@@ -250,7 +325,24 @@ PARTS = {"methods": (methods, methods_table), "phase1": (phase1, phase1_table), 
 
 
 def save(results: dict, given: argparse.Namespace) -> None:
+    """Writes the JSON; what another process has written of other methods and parts meanwhile stays."""
+    there = json.loads(given.out.read_text()) if given.out.exists() else {}
+    for part in PARTS:
+        if part not in given.parts:
+            results |= {part: there[part]} if part in there else {}
+        elif part == "methods":
+            others = {m: cells for m, cells in there.get(part, {}).items() if m not in given.methods}
+            results[part] = {**others, **{m: c for m, c in results.get(part, {}).items() if m in given.methods}}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.out, results)
+
+
+def chosen(text: str, known: Iterable[str], what: str) -> list[str]:
+    """The names of a comma-separated list; leaves the program where one is unknown."""
+    names = text.split(",")
+    if wrong := [name for name in names if name not in known]:
+        raise SystemExit(f"--{what}: unknown {', '.join(map(repr, wrong))}; known: {', '.join(known)}")
+    return names
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -258,14 +350,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="8x8 digits and few samples: minutes")
     parser.add_argument("--data", default="data", help="folder with MNIST, as torchvision keeps it")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--steps", type=int, default=None, help="training steps (1800; quick: 1200)")
+    parser.add_argument("--methods", default=",".join(DEFAULT), help=f"of: {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="sampling seeds")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: the config's)")
     parser.add_argument("--n", type=int, default=None, help="samples per seed (10000; quick: 1497)")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_images"))
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args(arguments)
-    given.steps = given.steps or (1200 if given.quick else 1800)
+    given.parts = chosen(given.parts, PARTS, "parts")
+    given.methods = chosen(given.methods, METHODS, "methods")
+    shipped = ROOT / "configs" / "images" / f"{'digits' if given.quick else 'mnist'}_nsgf_pp.yaml"
+    given.steps = given.steps or yaml.safe_load(shipped.read_text())["train"]["steps"]
     given.n = given.n or (1497 if given.quick else 10_000)
     name = "images_quick.json" if given.quick else "images.json"
     given.out = given.out or ROOT / "benchmarks" / "results" / name
@@ -273,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
     processor = platform.processor() or platform.machine()
     machine = f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     results |= {"machine": machine, "date": str(date.today()), "gengrad": gengrad.__version__}
-    for part in given.parts.split(","):
+    for part in given.parts:
         measure, table = PARTS[part]
         results.setdefault(part, {})
         measure(results, given)

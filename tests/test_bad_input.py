@@ -156,6 +156,14 @@ CASES = {
     "a shared network with two clocks": Case(
         "train {config} method.name=nsgf_pp method.shared_network=true method.tau=0.3", ["leave out tau"]
     ),
+    "components for the debiased mean": Case(
+        "train {config} method.ot_dims=1 method.target=mean", ["ot_dims", "target=match", "leave out ot_dims"]
+    ),
+    "more components than dimensions": Case("train {config} method.ot_dims=3", ["3 principal components", "at most 2"]),
+    "patches that do not divide the image": Case(
+        "train {config} data.name=digits network.name=unet network.multipliers=[1] network.patch=3",
+        ["patches of 3x3", "multiples of 3", "8x8", "network.patch"],
+    ),
     "unknown command": Case("smaple {run}", ["smaple"]),
 }
 

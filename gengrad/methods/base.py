@@ -76,7 +76,10 @@ class Stage(ABC):
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """(loss, logs) of this process's rows. ``networks``: the stage's, as wrapped for several processes."""
+        """(loss, logs) of this process's rows. ``networks``: the stage's, as wrapped for several processes.
+
+        A log whose name ends in ``_seconds`` is the time that this call took; the sum over the steps since is written.
+        """
 
     @abstractmethod
     def transport(self, networks: dict[str, nn.Module]) -> Transport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -13,7 +14,15 @@ from gengrad.data.draws import Stream
 from gengrad.flows.flow import Flow
 from gengrad.flows.transports import VelocityTransport
 from gengrad.methods.base import Method, Part, Problem, Stage
-from gengrad.methods.regression import Examples, LabelDropout, classes_in, forget_labels, matching_loss
+from gengrad.methods.regression import (
+    Examples,
+    LabelDropout,
+    OTDims,
+    PlanView,
+    classes_in,
+    forget_labels,
+    matching_loss,
+)
 from gengrad.ot import exact_assignment
 from gengrad.registry import METHODS, Settings
 
@@ -29,6 +38,7 @@ class FlowMatching(Method):
 
     class Config(Settings):
         coupling: Literal["independent", "minibatch_ot"] = "independent"
+        ot_dims: OTDims = None  # principal components of the data that the coupling sees; none: all coordinates
         time_exponent: float = Field(1.0, gt=0)  # t = u^time_exponent, u uniform; 1: the papers
         label_dropout: LabelDropout = 0.1
 
@@ -46,12 +56,18 @@ class StraightStage(Stage):
         self.networks = {"velocity": problem.make_network()}
         self.source = Stream(problem.source, problem.seed, "train/source")
         self.target = Stream(problem.target, problem.seed, "train/target")
+        self.view = PlanView(problem, config.ot_dims if config.coupling == "minibatch_ot" else None)
+        self._seconds = 0.0  # spent on couplings since the last logs
         self._pairs: tuple = (None, ())  # the coupled points of a step, which the pieces of its batch share
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        return matching_loss(networks["velocity"], self.examples(part, generator)), {}
+        loss = matching_loss(networks["velocity"], self.examples(part, generator))
+        if self.config.coupling == "independent":
+            return loss, {}
+        seconds, self._seconds = self._seconds, 0.0
+        return loss, {"ot_seconds": seconds}
 
     def examples(self, part: Part, generator: torch.Generator) -> Examples:
         """x_t = (1 - t) x_0 + t x_1 with its velocity x_1 - x_0, t on [start, 1]."""
@@ -72,9 +88,10 @@ class StraightStage(Stage):
             x_0, x_1 = self.source.take(start, stop), self.target.take(start, stop)
             y = self.target.labels(start, stop) if self.problem.classes else None
             if self.config.coupling == "minibatch_ot":
-                x_1 = x_1.clone()
+                x_1, started = x_1.clone(), time.perf_counter()
                 for rows in classes_in(y, len(x_1)):
-                    x_1[rows] = x_1[rows][exact_assignment(x_0[rows].flatten(1), x_1[rows].flatten(1))]
+                    x_1[rows] = x_1[rows][exact_assignment(self.view(x_0[rows]), self.view(x_1[rows]))]
+                self._seconds += time.perf_counter() - started
             self._pairs = ((start, stop), (x_0, x_1, y))
         return self._pairs[1]
 

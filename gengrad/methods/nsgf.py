@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from math import ceil
 from statistics import mean
@@ -18,7 +19,15 @@ from gengrad.flows.pool import TrajectoryPool
 from gengrad.flows.transports import VelocityTransport
 from gengrad.functionals.divergence import sinkhorn_log
 from gengrad.methods.base import Method, Part, Problem, Stage
-from gengrad.methods.regression import Examples, LabelDropout, classes_in, forget_labels, matching_loss
+from gengrad.methods.regression import (
+    Examples,
+    LabelDropout,
+    OTDims,
+    PlanView,
+    classes_in,
+    forget_labels,
+    matching_loss,
+)
 from gengrad.ot import SinkhornResult, exact_assignment, sinkhorn_velocity
 from gengrad.registry import METHODS, Settings
 
@@ -49,6 +58,9 @@ class NSGF(Method):
         tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
         ot_batch: int = Field(256, ge=2)  # source points in each Sinkhorn problem
         target_batch: int | None = Field(None, ge=2)  # target points in it; none: as many
+        # how many principal components of the data the cost sees; none: all coordinates. Few make a plan of the same
+        # batch tell more of a particle's way, since the wide directions are sorted first; for drawn or matched targets
+        ot_dims: OTDims = None
         uses: int = Field(1, ge=1)  # how often each path is trained on before it leaves the pool
         pool_batches: int = Field(1, ge=1)  # OT batches that the pool mixes
         pool_memory_mb: int = Field(1024, ge=1)
@@ -59,6 +71,11 @@ class NSGF(Method):
         def _matchable(self):
             if self.target == "match" and (self.ot_scope == "rows" or self.target_batch not in (None, self.ot_batch)):
                 raise ValueError("target=match pairs points one to one: leave out target_batch, and ot_scope=rows")
+            if self.target == "mean" and self.ot_dims is not None:
+                raise ValueError(
+                    "ot_dims sees a part of the space, where the debiased mean is no velocity of the whole: use target="
+                    "match or sample, or leave out ot_dims"
+                )
             return self
 
     def batches(self) -> dict[str, tuple[int, bool]]:
@@ -80,14 +97,15 @@ class NSGF(Method):
 class SinkhornStage(Stage):
     """Fills the pool with particle paths, one OT batch a period, and regresses the network on them.
 
-    The paths run from 0 to ``until`` on the geodesic clock. Where the network takes classes, particle i has the class
-    of target i, and each class is a transport problem of its own.
+    The paths run from 0 to ``until`` on the geodesic clock and are trained on from ``start``. Where the network takes
+    classes, particle i has the class of target i, and each class is a transport problem of its own.
     """
 
     name = "nsgf"
 
-    def __init__(self, problem: Problem, config: NSGF.Config, until: float = 1.0):
+    def __init__(self, problem: Problem, config: NSGF.Config, until: float = 1.0, start: float = 0.0):
         self.problem, self.config, self.steps, self.until = problem, config, problem.steps, until
+        self.start, self.view = start, PlanView(problem, config.ot_dims)
         self.networks = {"velocity": problem.make_network()}
         self.source = Stream(problem.source, problem.seed, "train/source")
         self.target = Stream(problem.target, problem.seed, "train/target")
@@ -98,18 +116,24 @@ class SinkhornStage(Stage):
         self._pool: TrajectoryPool | None = None
         self._newest = -1  # number of the newest path batch in the pool
         self._logs: dict[str, float] = {}
+        self._seconds = 0.0
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        return matching_loss(networks["velocity"], self.examples(part, generator)), self._logs
+        return matching_loss(networks["velocity"], self.examples(part, generator)), self.logs()
+
+    def logs(self) -> dict[str, float]:
+        """The diagnosis of the newest paths, and the seconds that transport problems took since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return {**self._logs, "ot_seconds": seconds}
 
     def examples(self, part: Part, generator: torch.Generator) -> Examples:
-        """Positions on the pool's paths with the velocity there, t uniform on [0, until]."""
+        """Positions on the pool's paths with the velocity there, t uniform on [start, until]."""
         pool = self._filled(part)
         rows = self._rows(part).to(pool.times.device)
         u = stratified(part.size, generator)[part.rows()] ** self.config.time_exponent
-        t = (self.until * u).to(pool.times.device)
+        t = (self.start + (self.until - self.start) * u).to(pool.times.device)
         x_t, w = pool.segments(rows, t)
         found = Examples(x_t, t, w, pool.labels(rows))
         classes = self.problem.classes or 0
@@ -128,7 +152,9 @@ class SinkhornStage(Stage):
             self._newest = max(number - c.pool_batches, -1)
         while self._newest < number:
             self._newest += 1
+            started = time.perf_counter()
             self._pool.add(*self._paths(self._newest, part))
+            self._seconds += time.perf_counter() - started
         return self._pool
 
     def _rows(self, part: Part) -> Tensor:
@@ -158,10 +184,13 @@ class SinkhornStage(Stage):
         seed = generator_for(self.problem.seed, "train/plan", number, rank).initial_seed()
         generator = torch.Generator(self.problem.device).manual_seed(seed)
         if labels is None:
-            return self._flow(x, y, generator), None
-        states = x.new_empty(len(self.times), *x.shape)
+            states, self._logs = self._flow(x, y, generator)
+            return states, None
+        states, logs = x.new_empty(len(self.times), *x.shape), []
         for rows in classes_in(labels, len(labels)):
-            states[:, rows] = self._flow(x[rows], y[rows], generator)
+            states[:, rows], log = self._flow(x[rows], y[rows], generator)
+            logs.append(log)
+        self._logs = together(logs)
         return states, labels
 
     def _take(
@@ -172,15 +201,15 @@ class SinkhornStage(Stage):
         take = stream.labels if labels else stream.take
         return take(number * size + rows.start, number * size + rows.stop).to(self.problem.device)
 
-    def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock."""
+    def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """The particle flow X^{k+1} = X^k + eta_k v(X^k) towards y, at the times of the clock, and its logs."""
         c, shape, y = self.config, x.shape, y.flatten(1)
-        x = x.flatten(1)
+        x, seen = x.flatten(1), self.view(y)
         states, logs, solved = [x], [], None
         for eta in geodesic_taus(self.times.tolist()):
             solved = sinkhorn_velocity(
-                x,
-                y,
+                self.view(x),
+                seen,
                 epsilon=c.epsilon,
                 epsilon_rel=c.epsilon_rel,
                 tol=c.tol,
@@ -190,18 +219,21 @@ class SinkhornStage(Stage):
             x = x + eta * self._velocity(x, y, solved, generator)
             states.append(x)
             logs.append(sinkhorn_log(solved))
-        # over the solves of the path: the worst marginal error, whether all converged, the mean of the rest
-        pick = {"marginal_error": max, "converged": min}
-        self._logs = {key: pick.get(key, mean)([log[key] for log in logs]) for key in logs[-1]}
-        return torch.stack(states).view(len(states), *shape)
+        return torch.stack(states).view(len(states), *shape), together(logs)
 
     def _velocity(self, x: Tensor, y: Tensor, solved: SinkhornResult, generator: torch.Generator) -> Tensor:
         """Where the particles x (n, d) are sent: the mean, a draw or the rounding of their rows of the plan."""
         if self.config.target == "mean":
             return solved.velocity
         if self.config.target == "match":
-            return y[exact_assignment(x, y, solved.g)] - x
+            return y[exact_assignment(self.view(x), self.view(y), solved.g)] - x
         return y[solved.sample_targets(generator)] - x
+
+
+def together(logs: list[dict[str, float]]) -> dict[str, float]:
+    """Over several solves: the worst marginal error, whether all converged, the mean of the rest."""
+    pick = {"marginal_error": max, "converged": min}
+    return {key: pick.get(key, mean)([log[key] for log in logs]) for key in logs[-1]}
 
 
 def stratified(n: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -39,6 +40,10 @@ class NSGFPlusPlus(Method):
         # 1: on the whole clock, as in the paper, at the price of capacity
         margin: float = Field(0.15, ge=0, le=1)
         shared_network: bool = False
+        # pairs of the straight phase. independent: the paper's; plan: those of the Sinkhorn phase, so that its lines go
+        # on where that phase ends
+        straight_pairs: Literal["independent", "plan"] = "independent"
+        warm_start: bool = False  # the straight network starts from the Sinkhorn phase's weights; two networks only
         tau: float | None = Field(None, ge=0, lt=1)  # start of the straight flow for all samples; none: predicted
         sinkhorn_share: float = Field(0.5, gt=0, lt=1)  # of the steps; two networks only
         predictor_share: float = Field(0.05, gt=0, lt=1)  # of the steps
@@ -48,6 +53,8 @@ class NSGFPlusPlus(Method):
         def _one_clock(self):
             if self.shared_network and self.tau not in (None, self.until):
                 raise ValueError("a shared network changes its field at `until`: leave out tau")
+            if self.straight_pairs == "plan" and self.pool != "geodesic":
+                raise ValueError("straight_pairs=plan are the ends of geodesic paths: use pool=geodesic")
             return self
 
         @property
@@ -78,9 +85,11 @@ def phased(config: NSGFPlusPlus.Config, network: nn.Module, **parts) -> PhasedTr
     return PhasedTransport(network, shared=c.shared_network, **settings, **parts)
 
 
-def straight(config: NSGFPlusPlus.Config) -> FlowMatching.Config:
-    """The straight flow's own settings: independent pairs, uniform times."""
-    return FlowMatching.Config(label_dropout=config.label_dropout)
+def straight_lines(problem: Problem, config: NSGFPlusPlus.Config) -> SinkhornStage | StraightStage:
+    """The straight flow on [``earliest``, 1]: uniform times on lines between independent pairs or the plan's."""
+    if config.straight_pairs == "plan":
+        return SinkhornStage(problem, config.model_copy(update={"time_exponent": 1.0}), 1.0, config.earliest)
+    return StraightStage(problem, FlowMatching.Config(label_dropout=config.label_dropout), config.earliest)
 
 
 # ------------------------------------------------------------------ 1
@@ -107,18 +116,24 @@ class SharedStage(Stage):
         self.config, self.steps = config, problem.steps
         self.networks = {"velocity": problem.make_network()}
         own = replace(problem, make_network=lambda: self.networks["velocity"])
+        self.straight: StraightStage | None = None
+        if config.straight_pairs == "plan":  # the paths simply go on to 1
+            self.sinkhorn = SinkhornStage(own, config, 1.0)
+            return
         rows = max(1, round(config.until * problem.batch_size))
         self.sinkhorn = SinkhornStage(replace(own, batch_size=rows), config, config.until)
-        self.straight = StraightStage(own, straight(config), config.until)
+        self.straight = straight_lines(own, config)
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
+        if self.straight is None:
+            return self.sinkhorn.objective(networks, part, generator)
         pieces = part.world * part.pieces
         first = max(1, round(self.config.until * part.size / pieces)) * pieces
         before = self.sinkhorn.examples(replace(part, size=first), generator)
         after = self.straight.examples(replace(part, size=part.size - first), generator)
-        return matching_loss(networks["velocity"], before + after), self.sinkhorn._logs
+        return matching_loss(networks["velocity"], before + after), self.sinkhorn.logs()
 
     def transport(self, networks: dict[str, nn.Module]) -> PhasedTransport:
         return phased(self.config, networks["velocity"])
@@ -161,16 +176,24 @@ class PredictorStage(Stage):
 # ------------------------------------------------------------------ 3
 
 
-class StraightPhase(StraightStage):
-    """Stage 3: E |u(x_t, t) - (x_1 - x_0)|^2 on independent pairs, t uniform on [until - margin, 1]."""
+class StraightPhase(Stage):
+    """Stage 3: E |u(x_t, t) - (x_1 - x_0)|^2 on straight lines, t uniform on [until - margin, 1]."""
 
     name = "straight_phase"
     replaces = True
 
     def __init__(self, problem: Problem, config: NSGFPlusPlus.Config, flow: Flow):
-        super().__init__(problem, straight(config), config.earliest)
-        self.phases, self.flow = config, flow
+        self.config, self.steps, self.flow = config, problem.steps, flow
+        self.lines = straight_lines(problem, config)
+        self.networks = self.lines.networks
+        if config.warm_start:
+            self.networks["velocity"].load_state_dict(flow.transports[-1].network.state_dict())
+
+    def objective(
+        self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        return self.lines.objective(networks, part, generator)
 
     def transport(self, networks: dict[str, nn.Module]) -> PhasedTransport:
         before = self.flow.transports[-1]
-        return phased(self.phases, before.network, predictor=before.predictor, straight=networks["velocity"])
+        return phased(self.config, before.network, predictor=before.predictor, straight=networks["velocity"])

@@ -9,7 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from gengrad.data.draws import generator_for
+from gengrad.methods.base import Problem
+from gengrad.ot import principal_components
+
 LabelDropout = Annotated[float, Field(ge=0, lt=1)]
+OTDims = Annotated[int, Field(ge=1)] | None
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,25 @@ def forget_labels(e: Examples, share: float, classes: int, generator: torch.Gene
 def classes_in(y: Tensor | None, n: int) -> list[Tensor]:
     """The row numbers of each class; one list of all ``n`` rows where there are no labels. Couplings stay within."""
     return [torch.arange(n)] if y is None else [(y == c).nonzero().squeeze(1) for c in y.unique()]
+
+
+class PlanView:
+    """What a coupling sees of points (n, *event): their first ``dims`` principal components, or all of them for None.
+
+    The components are those of 4,096 points of the target, drawn for the purpose: a function of the seed.
+    """
+
+    def __init__(self, problem: Problem, dims: int | None):
+        self.basis: Tensor | None = None
+        if dims is not None:
+            generator = generator_for(problem.seed, "train/components")
+            points = problem.target.sample(4096, generator).flatten(1)
+            self.basis = principal_components(points, dims, generator)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, dims), or (n, d) for all of them."""
+        x = x.flatten(1)
+        if self.basis is None:
+            return x
+        self.basis = self.basis.to(x)
+        return x @ self.basis

@@ -80,15 +80,18 @@ class Attentive(nn.Module):
 class UNet(nn.Module, Configured):
     """``net(x, t, y)`` on images (batch, c, h, w): one level per entry of ``multipliers``, each half the size before.
 
-    Attention acts at the coarsest level, and where images are ``attention_at`` pixels high. With ``classes`` K it takes
-    labels y (batch,) in 0 .. K, K or no y for no class. ``channels_last`` changes how weights and activations lie in
-    memory, not what comes out. Raises ``ValueError`` when the image cannot be halved that often.
+    Attention acts at the coarsest level, and where maps are ``attention_at`` pixels high. With ``classes`` K it takes
+    labels y (batch,) in 0 .. K, K or no y for no class. ``patch`` p folds squares of p x p pixels into channels before
+    the stem and unfolds them after the head: all maps have 1 / p^2 of the pixels, and a step costs about as much less.
+    ``channels_last`` changes how weights and activations lie in memory, not what comes out. Raises ``ValueError`` when
+    the image cannot be cut into patches and halved that often.
     """
 
     class Config(Settings):
         channels: int = Field(32, ge=4, multiple_of=2)  # even: the time embedding has a sine and a cosine each
         multipliers: list[int] = Field([1, 2], min_length=1)
         blocks: int = Field(1, ge=1)
+        patch: int = Field(1, ge=1)  # pixels along the side of a square that the network sees as one
         attention: bool = True
         attention_at: list[int] = []  # heights of feature maps with attention besides, e.g. [16]
         dropout: float = Field(0.0, ge=0, lt=1)
@@ -107,7 +110,8 @@ class UNet(nn.Module, Configured):
         Configured.__init__(self, config, **settings)
         self.event_shape = tuple(event_shape)
         c = self.config
-        self._check(event_shape, len(c.multipliers))
+        self._check(event_shape, len(c.multipliers), c.patch)
+        colours = event_shape[0] * c.patch**2
         widths = [c.channels * m for m in c.multipliers]
         time_size = 4 * c.channels
         self.time = nn.Sequential(
@@ -115,11 +119,11 @@ class UNet(nn.Module, Configured):
         )
         self.classes = c.classes
         self.label = nn.Embedding(c.classes + 1, time_size) if c.classes else None  # the last row: no class
-        self.stem = nn.Conv2d(event_shape[0], widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(colours, widths[0], 3, padding=1)
 
         def block(before: int, after: int, level: int) -> nn.Module:
             residual = ResidualBlock(before, after, time_size, c.dropout)
-            looks = event_shape[1] // 2**level in c.attention_at
+            looks = event_shape[1] // (c.patch * 2**level) in c.attention_at
             return Attentive(residual, SelfAttention(after)) if looks else residual
 
         self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]
@@ -144,29 +148,32 @@ class UNet(nn.Module, Configured):
                 width = after
             if level > 0:
                 self.enlarge.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm, self.head = groups(width), nn.Conv2d(width, event_shape[0], 3, padding=1)
+        self.norm, self.head = groups(width), nn.Conv2d(width, colours, 3, padding=1)
         nn.init.zeros_(self.head.weight)  # velocity 0 at the start: the first steps learn the mean, not noise
         nn.init.zeros_(self.head.bias)
         if c.channels_last:
             self.to(memory_format=torch.channels_last)
 
     @staticmethod
-    def _check(event_shape: tuple[int, ...], levels: int) -> None:
-        factor = 2 ** (levels - 1)
+    def _check(event_shape: tuple[int, ...], levels: int, patch: int) -> None:
+        factor = patch * 2 ** (levels - 1)
         if len(event_shape) != 3:
             raise ValueError(
                 f"network 'unet' works on images (c, h, w); the data have events of shape {event_shape}. "
                 "Use network.name=mlp for points."
             )
         if event_shape[1] % factor or event_shape[2] % factor:
+            cuts = f" cuts images into patches of {patch}x{patch} and" if patch > 1 else ""
+            lower = "Lower network.patch, shorten" if patch > 1 else "Shorten"
             raise ValueError(
-                f"network 'unet' with {levels} levels halves images {levels - 1} times, so both sides must be "
-                f"multiples of {factor}; the data are {event_shape[1]}x{event_shape[2]}. "
-                "Shorten network.multipliers or resize the images."
+                f"network 'unet' with {levels} levels{cuts} halves {'them' if cuts else 'images'} {levels - 1} times, "
+                f"so both sides must be multiples of {factor}; the data are {event_shape[1]}x{event_shape[2]}. "
+                f"{lower} network.multipliers or resize the images."
             )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         c = self.config
+        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=c.patch, q=c.patch)
         if c.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         e = self.time(time_embedding(t.expand(len(x)), c.channels).to(x.dtype))
@@ -190,4 +197,5 @@ class UNet(nn.Module, Configured):
                 h = next(up)(torch.cat([h, kept.pop()], dim=1), e)
             if level > 0:
                 h = next(enlarge)(F.interpolate(h, scale_factor=2, mode="nearest"))
-        return self.head(F.silu(self.norm(h)))
+        h = self.head(F.silu(self.norm(h)))
+        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=c.patch, q=c.patch)

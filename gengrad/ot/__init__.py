@@ -1,5 +1,6 @@
 """Optimal transport, nothing learned: entropic (Sinkhorn), exact, and the closed forms of Gaussians."""
 
+from .components import principal_components
 from .exact import exact_assignment, exact_plan, wasserstein2
 from .gaussian import (
     bures_map,
@@ -29,6 +30,7 @@ __all__ = [
     "gaussian_w2",
     "kernel_mean",
     "ornstein_uhlenbeck",
+    "principal_components",
     "riesz_sums",
     "rotate_to_span",
     "sinkhorn",

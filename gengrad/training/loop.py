@@ -147,6 +147,7 @@ class _Fitter:
         if settings.compile:
             for network in self.networks.values():
                 network.compile()
+        self.spent: dict[str, float] = {}  # what the stage has logged as ..._seconds since the last line
         self.named = {f"{n}.{p}": w for n, net in stage.networks.items() for p, w in net.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -194,6 +195,9 @@ class _Fitter:
                 generator = generator_for(self.run.seed, f"train/{stage.name}", step)  # the same for all pieces
                 loss, logs = stage.objective(self.networks, part, generator)
                 accelerator.backward(loss / settings.accumulate)
+            for key in logs:
+                if key.endswith("_seconds"):
+                    self.spent[key] = self.spent.get(key, 0.0) + logs[key]
             losses.append(loss.detach())
         return torch.stack(losses).mean(), logs
 
@@ -300,7 +304,9 @@ def _log(fitter: _Fitter, result: tuple, run: Run, speed: float) -> None:
         "grad_norm": float(norm),
         "lr": fitter.optimizer.param_groups[0]["lr"],
         **{key: float(value) for key, value in logs.items()},
+        **fitter.spent,
     }
+    fitter.spent = {}
     run.tracker.log(row)
     if not run.tracker.has_bar and (run.progress.step % (10 * fitter.settings.log_every) == 0):
         run.tracker.say(

@@ -60,12 +60,16 @@ class Tracker:
             self._bar = None
 
 
-def read_metrics(directory: str | os.PathLike) -> list[dict]:
-    """The rows of a run's ``metrics.jsonl``; an unfinished last line (of a killed run) is left out."""
+def read_metrics(directory: str | os.PathLike, seconds: bool = True) -> list[dict]:
+    """The rows of a run's ``metrics.jsonl``; an unfinished last line (of a killed run) is left out.
+
+    Without ``seconds``: without what a clock measured, which no other run repeats.
+    """
     rows = []
     for line in (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        rows.append({key: value for key, value in row.items() if seconds or not key.endswith("_seconds")})
     return rows

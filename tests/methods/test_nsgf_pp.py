@@ -55,7 +55,7 @@ def test_the_stages_share_the_steps_and_leave_one_transport(shared):
 def test_the_phases_are_trained_on_their_own_parts_of_the_clock(pool):
     first, _, last = stages_of(problem(), until=0.4, margin=0.1, pool=pool)
     part, generator = Part(0, 32), generator_for(0, "test")
-    before, after = first.examples(part, generator), last.examples(part, generator)
+    before, after = first.examples(part, generator), last.lines.examples(part, generator)
     assert before.t.min() >= 0 and before.t.max() <= 0.4 and before.t.max() > 0.35
     assert after.t.min() >= 0.3 and after.t.min() < 0.4 and after.t.max() > 0.9
 
@@ -102,7 +102,7 @@ def test_particles_are_coupled_within_their_class(pool):
 
 
 def test_some_labels_are_forgotten_and_the_draw_does_not_depend_on_the_sharing_out():
-    stage = stages_of(problem("digits", classes=10, batch_size=64), label_dropout=0.5)[2]
+    stage = stages_of(problem("digits", classes=10, batch_size=64), label_dropout=0.5)[2].lines
     whole = stage.examples(Part(0, 64), generator_for(0, "test"))
     halves = [stage.examples(Part(0, 64, rank, 2), generator_for(0, "test")) for rank in range(2)]
     pieces = [stage.examples(Part(0, 64, 0, 1, piece, 2), generator_for(0, "test")) for piece in range(2)]
@@ -122,6 +122,41 @@ def test_the_mean_over_processes_or_pieces_is_the_loss_of_one(shared, way):
 
         cut = [loss(k, 2) if way == "processes" else loss(0, 1, k, 2) for k in range(2)]
         assert torch.allclose(torch.stack(cut).mean(), loss(), rtol=1e-5), stage.name
+
+
+def test_the_straight_phase_goes_on_along_the_plan_where_asked():
+    settings = {"pool": "geodesic", "target": "match", "straight_pairs": "plan", "ot_dims": 3}
+    first, _, last = stages_of(problem("digits"), **settings)
+    part = Part(0, 32)
+    (paths, _), (lines, _) = first._paths(0, part), last.lines._paths(0, part)
+    # the same noise and the same images, matched alike: the first phase's path is the beginning of the line
+    assert torch.equal(paths[0], lines[0])
+    assert torch.allclose((paths[-1] - paths[0]) / first.until, lines[-1] - lines[0], atol=1e-5)
+    e = last.lines.examples(part, generator_for(0, "test"))
+    assert e.t.min() >= first.until - 0.15 and e.t.max() > 0.95
+
+
+def test_a_shared_network_with_the_plans_pairs_sees_whole_lines_in_every_batch():
+    (stage, _) = stages_of(problem(), shared_network=True, straight_pairs="plan", target="match")
+    seen = {}
+    stage.networks["velocity"].register_forward_pre_hook(lambda module, inputs: seen.update(t=inputs[1]))
+    stage.objective(stage.networks, Part(0, 32), generator_for(0, "test"))
+    # one time in each of 32 strata of the whole clock
+    assert sorted((32 * seen["t"]).int().tolist()) == list(range(32))
+
+
+def test_the_straight_network_may_start_from_the_first_phase():
+    for warm in (False, True):
+        first, _, last = stages_of(problem(), warm_start=warm)
+        same = [torch.equal(a, b) for a, b in zip(first.networks["velocity"].parameters(),
+                                                  last.networks["velocity"].parameters())]
+        assert all(same) == warm
+        assert first.networks["velocity"] is not last.networks["velocity"]
+
+
+def test_pairs_of_the_plan_need_the_geodesic_pool():
+    with pytest.raises(ValueError, match="use pool=geodesic"):
+        NSGFPlusPlus(straight_pairs="plan", pool="euler")
 
 
 def test_targets_of_another_number_cannot_give_their_classes():
@@ -151,7 +186,7 @@ def test_a_kill_in_the_second_or_third_stage_repeats_nothing_of_those_before(sma
     assert taken[:20] == [("sinkhorn_phase", k) for k in range(19)] + [("time_predictor", 0)]
     assert taken[20][0] == "time_predictor"  # after the first death: from the stage's end, not from before it
     assert all(name != "sinkhorn_phase" for name, _ in taken[20:])
-    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "cut")
+    assert read_metrics(tmp_path / "whole", seconds=False) == read_metrics(tmp_path / "cut", seconds=False)
     a, b = (load_file(tmp_path / name / "flow.safetensors") for name in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 

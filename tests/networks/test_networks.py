@@ -74,6 +74,25 @@ def test_the_unet_says_which_image_sizes_it_cannot_halve():
         UNet(event_shape=(2,))
 
 
+def test_a_unet_of_patches_is_a_unet_of_the_folded_image():
+    settings = {"channels": 4, "multipliers": [1, 2]}
+    networks = []
+    for shape, patch in (((2, 12, 8), 2), ((8, 6, 4), 1)):
+        torch.manual_seed(0)
+        networks.append(UNet(event_shape=shape, patch=patch, **settings))
+        torch.nn.init.normal_(networks[-1].head.weight)  # zero at the start
+    x, t = torch.randn(3, 2, 12, 8), torch.rand(3)
+    patched, folded = networks[0](x, t), networks[1](torch.nn.functional.pixel_unshuffle(x, 2), t)
+    assert patched.shape == x.shape and patched.abs().max() > 0
+    assert torch.equal(patched, torch.nn.functional.pixel_shuffle(folded, 2))
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_patches_must_fit_the_image_and_the_halvings(patch):
+    with pytest.raises(ValueError, match=rf"{patch}x{patch} and halves them 1 times.*multiples of {2 * patch}; the "):
+        UNet(event_shape=(1, 3 * patch, 8 * patch), multipliers=[1, 2], patch=patch)
+
+
 def test_networks_without_classes_refuse_labels():
     for network, shape in ((MLP(event_shape=(2,)), (2,)), (UNet(event_shape=(1, 8, 8)), (1, 8, 8))):
         with pytest.raises(ValueError, match="no class labels"):

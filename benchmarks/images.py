@@ -277,7 +277,7 @@ class ChannelsLast(nn.Module):
         return self.network(x.contiguous(memory_format=torch.channels_last), t)
 
 
-def images_per_second(networks: dict, shape: tuple, bf16: bool, steps: int, batch: int = 128) -> dict[str, float]:
+def images_per_second(networks: dict, shape: tuple, bf16: bool, steps: int, batch: int = 64) -> dict[str, float]:
     """Median over steps of forward, backward and Adam, the networks in turn so that all meet the same machine."""
     optimizers = {name: torch.optim.Adam(list(n.parameters())) for name, n in networks.items()}
     x, t = torch.randn(batch, *shape), torch.rand(batch)
@@ -302,7 +302,7 @@ def speed(results: dict, given: argparse.Namespace) -> None:
         for bf16 in (False, True):
             key = f"{shape[1]}x{shape[2]} {'bf16' if bf16 else 'fp32'}"
             if key not in results["speed"]:
-                measured = images_per_second(networks, shape, bf16, 1 if given.quick else 9)
+                measured = images_per_second(networks, shape, bf16, 1 if given.quick else (3 if bf16 else 7))
                 counts = {name: sum(p.numel() for p in n.parameters()) for name, n in networks.items()}
                 missing = [name for name, network in there.items() if network is None]
                 measured = {"rates": measured, "parameters": counts, "missing": missing}
@@ -319,9 +319,47 @@ def speed_table(results: dict) -> str:
     return format_table(rows) + (f"\nnot installed, so not measured: {', '.join(sorted(missing))}" if missing else "")
 
 
+# ------------------------------------------------------------------ precision
+
+
+def precision(results: dict, given: argparse.Namespace) -> None:
+    """The same short training in fp32 and in bf16: the loss at each step, and images a second."""
+    rows = []
+    for name, value in (("fp32", "no"), ("bf16", "bf16")):
+        config = config_of("flow_matching", given).resolved()
+        config["train"] |= {"steps": given.short, "precision": value, "log_every": 1, "warmup": given.short // 10}
+        config["train"]["checkpoint_every"] = given.short
+        run = read_config(config | {"out": str(given.runs / f"precision-{name}-{given.short}")})
+        if name not in results["precision"]:
+            outcome = gengrad.train(run, quiet=True)
+            losses = [row["loss"] for row in read_metrics(run.general.out)]
+            rate = given.short * run.train.batch_size / outcome.cpu_seconds
+            results["precision"][name] = {"losses": losses, "images a CPU-second": rate, "steps": given.short}
+            save(results, given)
+        losses = results["precision"][name]["losses"]
+        rows += [{"stage": name, "step": k + 1, "loss": loss} for k, loss in enumerate(losses)]
+    given.pictures.mkdir(parents=True, exist_ok=True)
+    plotting.save(plotting.loss_curve(rows, overlay=True), given.pictures / f"images_bf16{'_quick' * given.quick}.png")
+
+
+def precision_table(results: dict) -> str:
+    rows = []
+    for name, cell in results["precision"].items():
+        last = cell["losses"][-max(1, len(cell["losses"]) // 5) :]
+        rate = round(cell["images a CPU-second"])
+        rows.append({"precision": name, "steps": cell["steps"], "images a CPU-second": rate,
+                     "mean loss of the last fifth": f"{statistics.mean(last):.4f}"})
+    return format_table(rows)
+
+
 # ------------------------------------------------------------------ main
 
-PARTS = {"methods": (methods, methods_table), "phase1": (phase1, phase1_table), "speed": (speed, speed_table)}
+PARTS = {
+    "methods": (methods, methods_table),
+    "phase1": (phase1, phase1_table),
+    "speed": (speed, speed_table),
+    "precision": (precision, precision_table),
+}
 
 
 def save(results: dict, given: argparse.Namespace) -> None:
@@ -353,6 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(DEFAULT), help=f"of: {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds")
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: the config's)")
+    parser.add_argument("--short", type=int, default=200, help="steps of the trainings in fp32 and bf16")
     parser.add_argument("--n", type=int, default=None, help="samples per seed (10000; quick: 1497)")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_images"))
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "images")

@@ -297,9 +297,10 @@ def _open(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel, fontsize=10, color=INK)
 
 
-def loss_curve(rows: Sequence[Mapping], key: str = "loss", smooth: int = 25) -> Figure:
+def loss_curve(rows: Sequence[Mapping], key: str = "loss", smooth: int = 25, overlay: bool = False) -> Figure:
     """The loss over the steps, from the rows of ``metrics.jsonl``; a colour for each stage, later stages further right.
 
+    ``overlay``: all from the first step on, for comparison.
     Thin: as logged; strong: the running median of ``smooth`` rows. Logarithmic where all values are above zero.
     Raises ``ValueError`` where no row has a finite ``key`` and a ``step``.
     """
@@ -315,7 +316,7 @@ def loss_curve(rows: Sequence[Mapping], key: str = "loss", smooth: int = 25) -> 
         step, value = np.array(pairs).T
         axes.plot(step + offset, value, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(step + offset, running_median(value, smooth), color=colour, linewidth=1.8, label=stage)
-        offset += step[-1]
+        offset += 0 if overlay else step[-1]
     _open(axes, "step", key)
     if all(value > 0 for pairs in stages.values() for _, value in pairs):
         axes.set_yscale("log")

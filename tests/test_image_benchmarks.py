@@ -76,13 +76,13 @@ def test_the_speed_of_a_trial_sets_the_steps(tmp_path, monkeypatch):
 def test_the_image_benchmark_writes_its_tables_and_computes_nothing_twice(tmp_path, monkeypatch, capsys):
     module = script("images")
     monkeypatch.setattr(module, "NFES", (2,))
-    monkeypatch.setattr(module, "METHODS", dict(list(module.METHODS.items())[1:3]))
     monkeypatch.setattr(module, "BATCHES", (32, 64))
     from gengrad.evaluation import classifier
 
     monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
     command = ["--quick", "--steps", "3", "--n", "20", "--parts", "methods,phase1", "--out", str(tmp_path / "r.json"),
-               "--runs", str(tmp_path / "runs"), "--pictures", str(tmp_path)]
+               "--runs", str(tmp_path / "runs"), "--pictures", str(tmp_path), "--seeds", "2",
+               "--methods", "nsgf_pp_shared,flow_matching"]
     module.main(command)
     first = capsys.readouterr().out
     assert "flow matching" in first and "NSGF++, shared network" in first and "effective_neighbours" in first
@@ -91,3 +91,31 @@ def test_the_image_benchmark_writes_its_tables_and_computes_nothing_twice(tmp_pa
     monkeypatch.setattr(module, "plan", None)
     module.main(command)
     assert capsys.readouterr().out == first
+
+
+def test_processes_of_the_image_benchmark_share_one_json(tmp_path, monkeypatch, capsys):
+    module = script("images")
+    monkeypatch.setattr(module, "NFES", (2, 4))
+    found = {"seconds": 2.0, "cpu_seconds": 2.0, "ot_seconds": 1.0, "images": 6, "floor": 0.5}
+    scores = iter(range(1, 99))
+
+    def judged(config, target, nfe, seed, n):
+        if nfe == 4 and config.method["name"] == "flow_matching":  # meanwhile the other process has written
+            there = json.loads((tmp_path / "r.json").read_text())
+            there["methods"]["ot_flow_matching"] = {**found, "config": "other", "cells": {"2/0": {"FD-classifier": 7.0}}}
+            there["phase1"] = {"32": {"matched_cost": 0.5}}
+            (tmp_path / "r.json").write_text(json.dumps(there))
+        return {"FD-classifier": float(next(scores))}
+
+    monkeypatch.setattr(module, "judge", judged)
+    monkeypatch.setattr(module, "train", lambda config: {**found, "config": config.digest()})
+    command = ["--quick", "--parts", "methods", "--out", str(tmp_path / "r.json"), "--runs", str(tmp_path / "runs"),
+               "--pictures", str(tmp_path), "--seeds", "2", "--methods", "flow_matching"]
+    monkeypatch.setattr(module.pictures, "side_by_side", lambda grids: None)
+    monkeypatch.setattr(module.plotting, "save", lambda figure, place: None)
+    module.main(command)
+    told, kept = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert "1.50 ± 0.71" in told and "7.00 (1 of 2 seeds)" in told and "OT flow matching" in told
+    assert set(kept["methods"]["flow_matching"]["cells"]) == {"2/0", "2/1", "4/0", "4/1"} and kept["phase1"]
+    with pytest.raises(SystemExit, match=r"unknown 'nsfg'; known: nsgf_pp, "):
+        module.main([*command, "--methods", "nsfg"])

@@ -101,8 +101,8 @@ class PhasedTransport(Transport):
     def split(self, nfe: int | None) -> tuple[int, int]:
         """(evaluations of phase 1, of the straight phase) for a budget ``nfe``.
 
-        Phase 1 gets its share ``until`` of the clock, at least one step and at most ``most``; the rest must be steps of
-        the solver. A budget of 1 is one Euler step of phase 1's network over the whole clock. Raises ``ValueError``
+        Phase 1 gets half of it, at least one step and at most ``most``: the start of the way, where a sample takes its
+        decisions, asks for the shorter steps. The rest must be steps of the solver. A budget of 1 is one Euler step of phase 1's network over the whole clock. Raises ``ValueError``
         for a budget that cannot be spent so.
         """
         each = EVALUATIONS[self.solver]
@@ -122,7 +122,7 @@ class PhasedTransport(Transport):
                 f"nfe={nfe} leaves no room for a step of {self.solver!r} ({each} evaluations) after at least one of "
                 f"the Sinkhorn phase; use nfe >= {each + 1} or --solver euler"
             )
-        first = min(fitting, key=lambda k: abs(k - self.until * nfe))
+        first = min(fitting, key=lambda k: abs(k - nfe / 2))
         return first, nfe - first
 
     def _asked(self, nfe: int, each: int) -> tuple[int, int]:

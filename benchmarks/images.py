@@ -1,13 +1,16 @@
 """NSGF++ against flow matching and OT flow matching on small images; what its first phase is; the UNet's throughput.
 
-    python benchmarks/images.py [--quick] [--data ROOT] [--parts methods,phase1,speed] [--steps 1800] [--runs FOLDER]
+    python benchmarks/images.py [--quick] [--data ROOT] [--parts methods,phase1,coupling,speed,precision]
+        [--methods nsgf_pp,flow_matching] [--seeds 3] [--steps 3000] [--runs FOLDER] [--out FILE]
 
 methods: the same UNet, number of images seen and draws for all; Frechet distance of classifier features (FD-classifier,
 which is no FID) on 10,000 samples against the 10,000 test images at each NFE, three sampling seeds, beside the floor
 (training against test images). phase1: per epsilon and OT batch in pixel space, what the Sinkhorn plan looks like and
-how far the re-solved flow strays from a straight line. speed: images a second of a training step, beside torchcfm's
-UNet and diffusers' where they are installed. ROOT holds MNIST as torchvision keeps it; --quick uses the embedded 8x8
-digits. Cells that the JSON holds are not computed again, and a run that was cut goes on from its checkpoint.
+how far the re-solved flow strays from a straight line. coupling: how much a plan tells of the image, in pixels and in
+principal components. precision: the loss in fp32 and in bf16. speed: images a second of a training step, beside
+torchcfm's UNet and diffusers' where they are installed. ROOT holds MNIST as torchvision keeps it; --quick uses the
+embedded 8x8 digits. Cells that the JSON holds are not computed again, and a run that was cut goes on from its
+checkpoint; two processes with different --methods may share one JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from gengrad.files import write_json
 from gengrad.flows.particles import geodesic_taus, geodesic_times, particle_flow
 from gengrad.functionals import SinkhornDivergence
 from gengrad.networks import UNet
-from gengrad.ot import exact_assignment, sinkhorn_velocity
+from gengrad.ot import exact_assignment, principal_components, sinkhorn_velocity
 from gengrad.registry import DATASETS
 from gengrad.training.tracking import read_metrics
 
@@ -64,6 +67,8 @@ TITLES = {
 DEFAULT = ("nsgf_pp", "nsgf_pp_shared", "flow_matching", "ot_flow_matching")
 EPSILONS = (0.002, 0.01, 0.05, 0.2)
 BATCHES = (128, 512, 2048)
+BATCHES_COUPLED = {128: 60, 1024: 8, 2048: 6}  # OT batch: how many
+DIMS = (3, 5, 8, 12, 20)
 
 
 # ------------------------------------------------------------------ methods
@@ -219,6 +224,49 @@ def phase1_table(results: dict) -> str:
     return format_table(rows)
 
 
+# ------------------------------------------------------------------ coupling
+
+
+def explained(points: torch.Tensor, n: int, basis: torch.Tensor | None, batches: int) -> dict:
+    """Share of the variance of images (N, d) that is linear in the noise, matched in batches of ``n``; seconds a batch.
+
+    |C|^2 / tr cov(points), C = cov(noise, image): the product of two independent estimates of C, so without bias.
+    """
+    generator, halves, seconds = generator_for(0, "coupling", n), [0.0, 0.0], 0.0
+    for number in range(batches):
+        y = points[torch.randperm(len(points), generator=generator)[:n]]
+        x = torch.randn(y.shape, generator=generator)
+        started = time.perf_counter()
+        a, b = (x, y) if basis is None else (x @ basis, y @ basis)
+        potential = sinkhorn_velocity(a, b, epsilon_rel=0.01, tol=0.1, debias=False).g
+        matched = y[exact_assignment(a, b, potential)]
+        seconds += time.perf_counter() - started
+        halves[number % 2] = halves[number % 2] + x.T @ matched / (len(y) * batches / 2)
+    return {"explained": float((halves[0] * halves[1]).sum() / points.var(0).sum()), "seconds": seconds / batches}
+
+
+def coupling(results: dict, given: argparse.Namespace) -> None:
+    points = DATASETS.build(config_of("flow_matching", given).data).points.flatten(1)
+    points = points - points.mean(0)
+    basis = principal_components(points[:4096], max(DIMS), generator_for(0, "coupling components"))
+    for n, batches in BATCHES_COUPLED.items():
+        for dims in (None, *DIMS):
+            key = f"{n}/{dims or 'all'}"
+            if key not in results["coupling"]:
+                seen = None if dims is None else basis[:, :dims]
+                results["coupling"][key] = explained(points, n, seen, 2 if given.quick else batches)
+                save(results, given)
+
+
+def coupling_table(results: dict) -> str:
+    rows = []
+    for n in BATCHES_COUPLED:
+        cells = {dims: results["coupling"][f"{n}/{dims or 'all'}"] for dims in (None, *DIMS)}
+        shares = {f"{dims} components" if dims else "all": f"{c['explained']:.2f}" for dims, c in cells.items()}
+        rows.append({"OT batch": n, **shares, "s: all": cells[None]["seconds"], "s: 8": cells[8]["seconds"]})
+    return format_table(rows)
+
+
 # ------------------------------------------------------------------ speed
 
 
@@ -357,6 +405,7 @@ def precision_table(results: dict) -> str:
 PARTS = {
     "methods": (methods, methods_table),
     "phase1": (phase1, phase1_table),
+    "coupling": (coupling, coupling_table),
     "speed": (speed, speed_table),
     "precision": (precision, precision_table),
 }

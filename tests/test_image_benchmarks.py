@@ -102,7 +102,8 @@ def test_processes_of_the_image_benchmark_share_one_json(tmp_path, monkeypatch, 
     def judged(config, target, nfe, seed, n):
         if nfe == 4 and config.method["name"] == "flow_matching":  # meanwhile the other process has written
             there = json.loads((tmp_path / "r.json").read_text())
-            there["methods"]["ot_flow_matching"] = {**found, "config": "other", "cells": {"2/0": {"FD-classifier": 7.0}}}
+            cells = {"2/0": {"FD-classifier": 7.0}}
+            there["methods"]["ot_flow_matching"] = {**found, "config": "other", "cells": cells}
             there["phase1"] = {"32": {"matched_cost": 0.5}}
             (tmp_path / "r.json").write_text(json.dumps(there))
         return {"FD-classifier": float(next(scores))}

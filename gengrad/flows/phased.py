@@ -102,8 +102,8 @@ class PhasedTransport(Transport):
         """(evaluations of phase 1, of the straight phase) for a budget ``nfe``.
 
         Phase 1 gets half of it, at least one step and at most ``most``: the start of the way, where a sample takes its
-        decisions, asks for the shorter steps. The rest must be steps of the solver. A budget of 1 is one Euler step of phase 1's network over the whole clock. Raises ``ValueError``
-        for a budget that cannot be spent so.
+        decisions, asks for the shorter steps. The rest must be steps of the solver. A budget of 1 is one Euler step of
+        phase 1's network over the whole clock. Raises ``ValueError`` for a budget that cannot be spent so.
         """
         each = EVALUATIONS[self.solver]
         nfe = self.most + 5 * each if nfe is None else nfe

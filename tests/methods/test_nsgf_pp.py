@@ -8,7 +8,8 @@ import gengrad
 from gengrad.cli import main
 from gengrad.data.draws import generator_for
 from gengrad.flows import Flow
-from gengrad.methods import NSGFPlusPlus, Part, Problem
+from gengrad.methods import NSGFPlusPlus, Part, Problem, nsgf
+from gengrad.methods.flow_matching import StraightStage
 from gengrad.networks import MLP, UNet
 from gengrad.registry import DATASETS
 from gengrad.training import loop
@@ -157,6 +158,31 @@ def test_the_straight_network_may_start_from_the_first_phase():
 def test_pairs_of_the_plan_need_the_geodesic_pool():
     with pytest.raises(ValueError, match="use pool=geodesic"):
         NSGFPlusPlus(straight_pairs="plan", pool="euler")
+
+
+def test_the_logs_of_problems_within_classes_are_of_all_classes(monkeypatch):
+    solved = iter(range(99))
+
+    def log(result):
+        k = float(next(solved))
+        return {"epsilon": k, "marginal_error": k, "converged": float(k != 3)}
+
+    monkeypatch.setattr(nsgf, "sinkhorn_log", log)
+    stage = stages_of(problem("digits", classes=10), pool="geodesic", target="match")[0]
+    _, logs = stage.objective(stage.networks, Part(0, 32), generator_for(0, "test"))
+    found = next(solved)  # one solve a class, numbered from 0; ten classes in 64 digits
+    assert found == 10 and logs["epsilon"] == 4.5 and logs["marginal_error"] == 9 and logs["converged"] == 0
+    assert logs["ot_seconds"] > 0 and stage.logs()["ot_seconds"] == 0
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_seconds_are_summed_over_the_steps_between_two_lines(small, tmp_path, monkeypatch, pieces):
+    objective = StraightStage.objective
+    monkeypatch.setattr(StraightStage, "objective", lambda *given: (objective(*given)[0], {"ot_seconds": 1.0}))
+    assert main(["train", str(small("run", method={"name": "flow_matching"})), f"train.accumulate={pieces}"]) == 0
+    rows = read_metrics(tmp_path / "run")  # 20 steps, a line every 5
+    assert [row["ot_seconds"] for row in rows] == [5.0 * pieces] * 4
+    assert all("ot_seconds" not in row for row in read_metrics(tmp_path / "run", seconds=False))
 
 
 def test_targets_of_another_number_cannot_give_their_classes():

@@ -43,7 +43,7 @@ import gengrad.ot as ot  # noqa: E402
 from gengrad.ot.sinkhorn_fused import symmetric_product  # noqa: E402
 
 CAP = 20.0  # seconds per evaluation; a peer beyond it counts as the cap
-DIMENSIONS, SIZES, STRENGTHS, ERRORS = (2, 64, 784, 3072), (256, 1024, 4096), (0.05, 0.5), (0.05, 0.01)
+DIMENSIONS, STRENGTHS, ERRORS = (2, 64, 784, 3072), (0.05, 0.5), (0.05, 0.01)
 FLOWS = [(256, d, f) for d in (2, 64, 784) for f in STRENGTHS] + [(1024, 2, 0.05), (1024, 64, 0.05)]
 BATCHES = [(256, d, f) for d in DIMENSIONS for f in STRENGTHS] + [
     (1024, d, f) for d in (2, 64) for f in STRENGTHS
@@ -304,9 +304,8 @@ def gemm_rate() -> float:
     return 2 * 1.024**3 / statistics.median(timed(lambda: torch.mm(a, b))[1] for _ in range(9))
 
 
-def plan(quick: bool):
+def plan(sizes: tuple[int, ...], dimensions: tuple[int, ...]):
     """(kind, n, d, f, error) in the order of measurement."""
-    sizes, dimensions = ((256,), (2, 64)) if quick else (SIZES, DIMENSIONS)
     for n in sizes:
         for d in dimensions:
             yield from (("single", n, d, f, e) for f in STRENGTHS for e in ERRORS)
@@ -368,9 +367,12 @@ def main() -> None:
     """Measure what the JSON lacks, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="n = 256, d in {2, 64}: minutes")
+    parser.add_argument("--sizes", default="256,1024,4096", help="numbers of points, of which n = 4096 takes the longest")
     parser.add_argument("--table", action="store_true", help="print the table of the JSON, measure nothing")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/sinkhorn.json")
     args = parser.parse_args()
+    sizes = (256,) if args.quick else tuple(int(n) for n in args.sizes.split(","))
+    planned = plan(sizes, (2, 64) if args.quick else DIMENSIONS)
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -387,7 +389,7 @@ def main() -> None:
         if args.table or old["machine"] == state["machine"]:
             state = old
     known = {tuple(k): tuple(v) for k, v in state["known"]}
-    for kind, n, d, f, target in () if args.table else plan(args.quick):
+    for kind, n, d, f, target in () if args.table else planned:
         key = f"{kind} {n} {d} {f} {target}"
         if key in state["cells"]:
             continue

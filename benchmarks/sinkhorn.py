@@ -367,7 +367,7 @@ def main() -> None:
     """Measure what the JSON lacks, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="n = 256, d in {2, 64}: minutes")
-    parser.add_argument("--sizes", default="256,1024,4096", help="numbers of points, of which n = 4096 takes the longest")
+    parser.add_argument("--sizes", default="256,1024,4096", help="numbers of points; 4096 takes the longest")
     parser.add_argument("--table", action="store_true", help="print the table of the JSON, measure nothing")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/sinkhorn.json")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 # Two commands set everything up by themselves: `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint clean
 
 # the marker says which pyproject.toml the environment was installed from
 .venv/installed: pyproject.toml

@@ -201,7 +201,7 @@ def matched_cost(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def phase1(results: dict, given: argparse.Namespace) -> None:
-    target = DATASETS.build(config_of("flow matching", given).data)
+    target = DATASETS.build(config_of("flow_matching", given).data)
     for n in BATCHES[: 2 if given.quick else None]:
         y = target.sample(n, generator_for(0, "phase1 target")).flatten(1)
         x = torch.randn(y.shape, generator=generator_for(0, "phase1 source"))

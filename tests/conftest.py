@@ -21,6 +21,14 @@ SMALL = {
 }
 
 
+LONG = ("test_resume", "test_processes", "test_shards", "test_readme", "test_image_benchmarks", "test_kills")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first: two workers then end together, instead of one waiting for the other's last half minute."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def small(tmp_path):
     """A function that writes the small config, changed as asked (dotted keys), and returns its path."""

@@ -112,7 +112,7 @@ def test_processes_of_the_image_benchmark_share_one_json(tmp_path, monkeypatch, 
     monkeypatch.setattr(module, "train", lambda config: {**found, "config": config.digest()})
     command = ["--quick", "--parts", "methods", "--out", str(tmp_path / "r.json"), "--runs", str(tmp_path / "runs"),
                "--pictures", str(tmp_path), "--seeds", "2", "--methods", "flow_matching"]
-    monkeypatch.setattr(module.pictures, "side_by_side", lambda grids: None)
+    monkeypatch.setattr(module.plotting, "side_by_side", lambda grids: None)
     monkeypatch.setattr(module.plotting, "save", lambda figure, place: None)
     module.main(command)
     told, kept = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())

@@ -24,7 +24,7 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

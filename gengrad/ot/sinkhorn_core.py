@@ -202,7 +202,9 @@ def solve_pair(
                 continue
             progress.watch(s - before[0], r - before[2], c)
         progress.depth, progress.age = progress.depth + 1, progress.age + 1
-        if sweeps - stages <= 3 or newton or since >= CHECK_EVERY or sweeps >= max_iter:
+        # within the probation no estimate of a slow problem would be trusted
+        blind = 3 < progress.age < PROBATION - CHECK_EVERY and bool((progress.rate > 0.8).all())
+        if sweeps - stages <= 3 or newton or (since >= CHECK_EVERY and not blind) or sweeps >= max_iter:
             shot, gap = kernel.average(s, z), torch.linalg.vector_norm(matvec(z.mT, c - b), dim=-1)
             error = progress.error(shot, size, a, gap, newton)
             good = error <= torch.maximum(tol * rms(shot - z_base, a), floor)

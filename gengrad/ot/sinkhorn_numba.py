@@ -16,6 +16,7 @@ from .numba_math import F, exp32, exp_any, inner, jit, largest, log32
 from .sinkhorn_core import CHECK_EVERY, LIMIT, PATIENCE, PROBATION, REACH, SAFETY, STAGE_RATIO, WINDOW
 from .sinkhorn_kernels import MAX_LOG_SCALING
 
+DRAFT = 256  # rows that an annealing sweep looks at, at least
 DIRECT = 4  # up to so many dimensions the products x.y are made on the fly
 
 
@@ -41,12 +42,15 @@ def fill_row(row, i, dot, x, yt, s, inv_eps):
 
 
 @inner
-def exp_sweep(dot, x, yt, s, inv_eps, a, kernel, c, log_row):
-    """Column masses c and log_row at s, by exponentials; rows summing to one are stored in `kernel` if it has room."""
+def exp_sweep(dot, x, yt, s, inv_eps, a, kernel, c, log_row, every):
+    """Column masses c and log_row at s, by exponentials; rows summing to one are stored in `kernel` if it has room.
+
+    Of `every` rows one is looked at, where a draft of c will do.
+    """
     n, m = a.shape[0], s.shape[0]
     store = kernel.shape[0] == n
     c[:] = F(0.0)
-    for i in range(n):
+    for i in range(0, n, every):
         row = kernel[i] if store else kernel[0]
         top = fill_row(row, i, dot, x, yt, s, inv_eps)
         total = F(0.0)
@@ -229,15 +233,24 @@ def least_left(rate, before, now, age):
 
 @jit
 def anneal(dot, x, yt, psi, log_b, eps, a, b, stages):
-    """One Sinkhorn iteration at each of eps 4^stages, ..., eps 4, from psi; returns s at eps."""
-    m = b.shape[0]
+    """One Sinkhorn iteration at each of eps 4^stages, ..., eps 4, from psi; returns s at eps.
+
+    Of many rows these drafts look at every k-th only: at least DRAFT of them, which blur psi less than eps does.
+    """
+    m, every = b.shape[0], max(1, a.shape[0] // DRAFT)
+    seen = F(0.0)
+    for i in range(0, a.shape[0], every):
+        seen += a[i]
+    share = F(1.0) / largest(seen, F(1e-37))
     row = np.empty((1, m), F)
     c, r, s, log_row = np.empty(m, F), np.empty(m, F), np.empty(m, F), np.empty(a.shape[0], F)
     for k in range(stages, 0, -1):
         e = F(eps * STAGE_RATIO**k)
         for j in range(m):
             s[j] = psi[j] / e + log_b[j]
-        exp_sweep(dot, x, yt, s, F(1.0) / e, a, row, c, log_row)
+        exp_sweep(dot, x, yt, s, F(1.0) / e, a, row, c, log_row, every)
+        for j in range(m):
+            c[j] *= share
         residual(b, c, r)
         for j in range(m):
             psi[j] += e * r[j]
@@ -267,7 +280,7 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, rat
         if not fresh or far > F(MAX_LOG_SCALING):
             absorbed[:] = s
             v[:] = F(1.0)
-            exp_sweep(dot, x, yt, s, inv_eps, a, kernel, c, log_row)
+            exp_sweep(dot, x, yt, s, inv_eps, a, kernel, c, log_row, 1)
             top[:] = log_row
             fresh = True
         else:
@@ -291,7 +304,8 @@ def solve_pair(dot, x, yt, s, inv_eps, a, b, zt, base, tol, floor, max_iter, rat
         if have_best:
             rate = watched_rate(rate, s, s_best, r, r_best, c)
         depth += 1
-        if sweeps <= 3 or since >= CHECK_EVERY or sweeps >= max_iter:
+        blind = rate > 0.8 and 3 < sweeps < PROBATION - CHECK_EVERY  # no estimate would be trusted yet
+        if sweeps <= 3 or (since >= CHECK_EVERY and not blind) or sweeps >= max_iter:
             averages(kernel, v, zt, shot)
             speed = rms_gap(shot, base, a)
             if have_shown:

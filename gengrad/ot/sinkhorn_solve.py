@@ -101,10 +101,10 @@ def bound_coordinates(far: float, n: int, d: int, options: Options) -> int:
     `far` is the mean of |x_i - x_j|^2 / (2 eps); among k of d coordinates about k / d of it, of which the nearest
     of n points keep, say, two thirds; the bound wants e^15 beyond n neighbours.
     """
-    if options.skip_self_mass > 1 or d <= 128:
+    if options.skip_self_mass > 1 or d < 16:
         return 0
     count = math.ceil(d * 1.5 * (math.log(n) + 15) / max(far, 1e-30))
-    return max(count, 64) if count <= d // 2 else 0
+    return min(max(count, 64), d) if count <= d // 2 else 0
 
 
 class SelfMap:

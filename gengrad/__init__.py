@@ -40,7 +40,7 @@ __all__ = [*_PUBLIC, "__version__"]
 def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
-    if name in ("data", "ot", "networks", "functionals", "flows", "methods", "training", "evaluation", "plotting"):
+    if name in ("data", "ot", "networks", "functionals", "flows", "methods", "molecules", "training", "evaluation", "plotting"):
         return import_module(f"gengrad.{name}")
     raise AttributeError(f"module 'gengrad' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""The commands: train, sample, evaluate, molecules (in ``cli_molecules``), doctor. A user's mistake ends with one message and exit code 2."""
+"""The commands: train, sample, evaluate, molecules, doctor. A user's mistake ends with one message and exit code 2."""
 
 from __future__ import annotations
 

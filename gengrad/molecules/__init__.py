@@ -1,28 +1,27 @@
-"""Molecules: reading, standardising, scorers and objectives; importing this registers the scorers.
+"""Molecules: reading, standardising, scorers, objectives, metrics.
 
-Worker processes import this room, so nothing here loads PyTorch; ``objective``, ``scoring`` and ``metrics`` do.
+Nothing is imported before it is used: worker processes need little of this room, and no PyTorch. The scorers register
+with ``gengrad.molecules.scorers``, the transforms with ``desirability``, the metrics with ``metrics``.
 """
 
-from gengrad.molecules.library import library
-from gengrad.molecules.outside import Program, PythonFile
-from gengrad.molecules.prepare import prepare, prepare_file
-from gengrad.molecules.properties import Scorer
-from gengrad.molecules.reading import Row, read_molecules
-from gengrad.molecules.references import Alerts, Similarity, Substructure
-from gengrad.molecules.standard import Standard, standardise
+from __future__ import annotations
 
-__all__ = [
-    "Alerts",
-    "Program",
-    "PythonFile",
-    "Row",
-    "Scorer",
-    "Similarity",
-    "Standard",
-    "Substructure",
-    "library",
-    "prepare",
-    "prepare_file",
-    "read_molecules",
-    "standardise",
-]
+from importlib import import_module
+
+_PUBLIC = {
+    "library": "library",
+    "read_molecules": "reading",
+    "Standard": "standard",
+    "standardise": "standard",
+    "prepare_file": "prepare",
+    "load_objective": "objective",
+    "score_file": "scoring",
+    "describe": "metrics",
+}
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(f"gengrad.molecules.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'gengrad.molecules' has no attribute {name!r}")

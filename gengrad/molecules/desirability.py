@@ -1,7 +1,7 @@
 """Transforms of a property to a desirability in [0, 1], and how desirabilities are put together.
 
-The sigmoids have the shapes and default constants that users of REINVENT know. All of them work on tensors of any shape,
-pass NaN on, and have a gradient wherever the formula has one.
+The sigmoids have the shapes and default constants that users of REINVENT know. All of them work on tensors of any
+shape, pass NaN on, and have a gradient wherever the formula has one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ReverseSigmoid(Sigmoid):
 class DoubleSigmoid(Transform):
     """Near 1 between ``low`` and ``high``, 1/2 at both (the slopes permitting).
 
-    s = sigma(coef_si (x - low) / coef_div) - sigma(coef_se (x - high) / coef_div), sigma(x) = 1 / (1 + 10^-x), not below 0.
+    s = max(0, sigma(coef_si (x - low) / coef_div) - sigma(coef_se (x - high) / coef_div)), sigma(x) = 1 / (1 + 10^-x).
     """
 
     class Config(Interval):

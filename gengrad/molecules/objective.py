@@ -1,4 +1,4 @@
-"""An objective as chemists write it: properties, transforms to [0, 1], weights, one mean; and hard filters before it."""
+"""An objective as chemists write it: properties, transforms to [0, 1], weights, one mean; hard filters before it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-import gengrad.molecules  # noqa: F401 - registers the scorers
+import gengrad.molecules.scorers  # noqa: F401 - registers the scorers
 from gengrad.molecules.desirability import MEANS, Transform, within
 from gengrad.molecules.properties import Scorer
 from gengrad.registry import SCORERS, TRANSFORMS, Registry, Settings, settings_of
@@ -24,7 +24,7 @@ def _named(value: object) -> object:
 
 
 class ComponentSettings(Settings):
-    """One property: its scorer, what is wished of it, and its weight; ``label`` heads its columns (default: the name)."""
+    """One property: its scorer, what is wished of it, its weight; ``label`` heads its columns (default: the name)."""
 
     scorer: dict
     transform: dict = {"name": "identity"}
@@ -158,7 +158,8 @@ def read_objective(raw: dict, where: str = "the objective") -> Objective:
                                                              f"give a transform, one of: {wanted}"))
     if problems:
         count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        raise ConfigError("\n".join([f"{count} in {where}; nothing was scored.", *(f"  {k}: {t}" for k, t in problems)]))
+        lines = [f"  {key}: {text}" for key, text in problems]
+        raise ConfigError("\n".join([f"{count} in {where}; nothing was scored.", *lines]))
     return Objective(settings, parts)
 
 

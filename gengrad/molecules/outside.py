@@ -74,8 +74,8 @@ class PythonFile(Outside):
 class Program(Outside):
     """A command that reads one SMILES per line from standard input until its end, and writes one JSON line for each.
 
-    A line is a number, null (no value), or an object with ``score`` or ``error``, and with ``smiles`` if it likes, which
-    is then compared. It is started anew for every ``batch`` molecules and may take ``timeout`` seconds for them.
+    A line is a number, null (no value), or an object with ``score`` or ``error``, and with ``smiles`` if it likes,
+    which is then compared. It is started anew for every ``batch`` molecules and may take ``timeout`` seconds for them.
     When it crashes, hangs or answers another number of lines, the batch is halved until the molecule is found, so no
     answer is ever given to another molecule. After ``give_up`` failures in a row the rest is not tried.
     """
@@ -96,7 +96,7 @@ class Program(Outside):
 
     def _batch(self, command: list[str], smiles: list[str]) -> list[Answer]:
         if self._failures >= self.config.give_up:
-            return [Answer(problem=f"not tried: {self.config.give_up} runs of the program in a row had failed")] * len(smiles)
+            return [Answer(problem=f"not tried: {self.config.give_up} runs in a row had failed")] * len(smiles)
         lines, problem = run(command, smiles, self.config.timeout)
         if problem is None:
             self._failures = 0

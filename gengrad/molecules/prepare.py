@@ -47,7 +47,9 @@ def standardise_rows(
     return [ValueError(a.problem) if a.problem is not None else (a.value[0], a.value[1]) for a in answers]
 
 
-def prepare(rows: Sequence[Row], settings: Standard | None = None, processes: int = 1, timeout: float = 10.0) -> Prepared:
+def prepare(
+    rows: Sequence[Row], settings: Standard | None = None, processes: int = 1, timeout: float = 10.0
+) -> Prepared:
     """Standardises and keeps the first of equal molecules; ``timeout`` is in seconds for each molecule."""
     found, first = Prepared(), {}
     for row, result in zip(rows, standardise_rows(rows, settings, processes, timeout)):

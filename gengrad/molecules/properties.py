@@ -142,7 +142,7 @@ def penalised_parts(mol: Chem.Mol) -> tuple[float, float, float]:
 
 @SCORERS.register("plogp")
 class PenalisedLogP(SyntheticAccessibility):
-    """logP - SA - ring penalty, as it is. Without bound: long chains win. See ``plogp_zinc`` for the published scale."""
+    """logP - SA - ring penalty, as it is. Without bound: long chains win. The published scale: ``plogp_zinc``."""
 
     def score(self, mol):
         return sum(penalised_parts(mol))

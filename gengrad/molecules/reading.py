@@ -24,7 +24,7 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM
 
 @dataclass(frozen=True)
 class Row:
-    """One molecule as the file has it. ``number``: its line, from 1, or its record in an SDF; ``kind`` as in standard."""
+    """One molecule as the file has it. ``number``: its line or its record in an SDF; ``kind`` as in standard."""
 
     number: int
     name: str
@@ -158,8 +158,8 @@ def _table(text: str, encoding: str, path: Path, column: str | None) -> Contents
             name = fields[named].strip() if named is not None and named < len(fields) else ""
             rows.append(Row(number, name or str(number), value))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {start}: {error}. A quotation mark that is opened and not closed hides the rows "
-                         "after it: close or remove it.") from None
+        raise ValueError(f"{path}, line {start}: {error}. A quotation mark that is opened and not closed hides the "
+                         "rows after it: close or remove it.") from None
     return Contents(rows, encoding, tries[mark][place], mark)
 
 

@@ -108,8 +108,8 @@ def score_file(
     results = standardise_rows(rows, AS_WRITTEN, processes, timeout)
     good = [i for i, result in enumerate(results) if not isinstance(result, ValueError)]
     scores = score(objective, [results[i][0] for i in good], processes, timeout)
-    header = ["id", "row", "input", "smiles", "valid", *objective.labels, *(f"{c.label}.s" for c in objective.components),
-              "total", "passed", "scaffold", "notes"]
+    columns = [*objective.labels, *(f"{component.label}.s" for component in objective.components)]
+    header = ["id", "row", "input", "smiles", "valid", *columns, "total", "passed", "scaffold", "notes"]
     write_atomically(out, table(header, _lines(rows, results, dict(zip(good, range(len(good)))), scores)))
     if not good:
         raise ValueError(f"{path}: none of {len(rows)} rows is a molecule; the reasons are in {out}")

@@ -22,12 +22,11 @@ def standardise_task(**settings) -> Callable:
 
 def score_task(scorers: list[dict]) -> Callable:
     """Item SMILES -> (values, problems by position, scaffold); the molecule is parsed once for all scorers."""
-    import gengrad.molecules
+    import gengrad.molecules.scorers  # noqa: F401 - registers them
     from gengrad.molecules.properties import score_all
     from gengrad.registry import SCORERS
 
     built = [SCORERS.build(settings) for settings in scorers]
-    assert gengrad.molecules
     return lambda smiles: score_all(built, smiles)
 
 

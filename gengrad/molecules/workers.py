@@ -43,7 +43,8 @@ class Child:
             )
         except OSError as error:
             self.errors.close()
-            raise ValueError(f"cannot start {command[0]}: {error.strerror or error}. Give an executable file.") from None
+            reason = error.strerror or error
+            raise ValueError(f"cannot start {command[0]}: {reason}. Give an executable file.") from None
         self._read = b""
 
     def line(self, seconds: float) -> bytes | None:
@@ -73,9 +74,14 @@ class Child:
         said = [line.strip() for line in self.errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
         return f"its process {how}" + (f": {said[-1][:200]}" if said else "")
 
-    def kill(self) -> None:
+    def stop(self) -> None:
+        """Kills it and everything it started; another thread may still be reading."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Kills it and everything it started, and closes its pipes."""
+        self.stop()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.errors):
             with contextlib.suppress(OSError):
@@ -104,7 +110,8 @@ class Workers:
         queue = deque(range(start, min(start + PIECE, len(items))) for start in range(0, len(items), PIECE))
         self._stopped, self._failures = False, 0
         with ThreadPoolExecutor(self.processes) as threads:
-            running = [threads.submit(self._serve, queue, items, answers) for _ in range(min(self.processes, len(queue)))]
+            count = min(self.processes, len(queue))
+            running = [threads.submit(self._serve, queue, items, answers) for _ in range(count)]
             try:
                 wait(running, return_when="FIRST_EXCEPTION")
             finally:
@@ -116,60 +123,66 @@ class Workers:
     def _stop(self) -> None:
         with self._lock:
             self._stopped = True
-            children, self._children = list(self._children), set()
-        for child in children:
-            child.kill()
+            for child in self._children:
+                child.stop()
 
     def _start(self) -> Child:
         here = str(Path(__file__).parents[2])
         paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-        threads = {"OMP_NUM_THREADS": "1"}  # the parallelism is in the processes
-        child = Child([sys.executable, "-m", "gengrad.molecules.worker"], {**os.environ, **threads, "PYTHONPATH": paths})
+        changed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}  # the parallelism is in the processes
+        child = Child([sys.executable, "-m", "gengrad.molecules.worker"], {**os.environ, **changed})
         with self._lock:
             self._children.add(child)
+            if self._stopped:
+                child.stop()
         try:
             child.process.stdin.write(self.head)
             line = child.line(START)
         except TimeoutError:
+            child.kill()
             raise RuntimeError(f"a worker process did not start within {START:.0f} s") from None
         except BrokenPipeError:
             line = None
-        if line is None:
-            raise RuntimeError(f"a worker process did not start: {child.ended()}")
-        problem = json.loads(line).get("problem")
+        problem = f"a worker did not start: {child.ended()}" if line is None else json.loads(line).get("problem")
         if problem:
+            child.kill()
             raise ValueError(problem)
         return child
 
     def _serve(self, queue: deque, items: Sequence, answers: list) -> None:
         """Takes pieces from the queue until it is empty; starts a new worker after each one that failed."""
-        child = None
+        piece: deque = deque()
         while not self._stopped:
             try:
-                piece = deque(queue.popleft())
+                piece = piece or deque(queue.popleft())
             except IndexError:
                 break
-            while piece and not self._stopped:
-                if self._failures >= self.give_up:
-                    reason = Answer(problem=f"not tried: {self.give_up} items in a row had failed")
-                    while piece:
-                        answers[piece.popleft()] = reason
-                    break
-                child = child or self._start()
-                problem = self._ask(child, piece, items, answers)
-                if problem and not self._stopped:
+            if self._failures >= self.give_up:
+                while piece:
+                    answers[piece.popleft()] = Answer(problem=f"not tried: {self.give_up} in a row had failed")
+                continue
+            with self._worker() as child:
+                problem = None
+                while problem is None and not self._stopped:
+                    problem = self._ask(child, piece, items, answers)
+                    if problem is None:
+                        try:
+                            piece = deque(queue.popleft())
+                        except IndexError:
+                            break
+                if problem is not None:
                     answers[piece.popleft()] = Answer(problem=problem)
                     self._failures += 1
-                    self._drop(child)
-                    child = None
-        if child:
-            self._drop(child)
 
-    def _drop(self, child: Child) -> None:
-        with self._lock:
-            mine = child in self._children
-            self._children.discard(child)
-        if mine:
+    @contextlib.contextmanager
+    def _worker(self):
+        """A worker that has taken up the task, killed at the end."""
+        child = self._start()
+        try:
+            yield child
+        finally:
+            with self._lock:
+                self._children.discard(child)
             child.kill()
 
     def _ask(self, child: Child, piece: deque, items: Sequence, answers: list) -> str | None:
@@ -184,6 +197,8 @@ class Workers:
                 self._failures = 0
         except TimeoutError:
             return f"took more than {self.timeout:g} s and was killed"
-        except (OSError, OverflowError, ValueError) as error:
+        except OverflowError as error:
+            return str(error)
+        except (OSError, ValueError) as error:
             return f"{child.ended()} ({error})"
         return None

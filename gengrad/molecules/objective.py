@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,8 +115,11 @@ class Objective:
         return keys.index(key)
 
     def desirabilities(self, properties: Tensor) -> Tensor:
-        """Raw properties (n, scorers) -> s (n, components), in the dtype given; NaN stays NaN."""
-        return torch.stack([c.transform(properties[:, c.column]) for c in self.components], dim=1)
+        """Raw properties (n, scorers) -> s (n, components), in the dtype given; NaN stays NaN, with gradient 0."""
+        known = ~properties.isnan()
+        x = torch.where(known, properties, torch.zeros_like(properties))  # NaN would come back in the gradient
+        s = torch.stack([c.transform(x[:, c.column]) for c in self.components], dim=1)
+        return torch.where(known[:, [c.column for c in self.components]], s, torch.full_like(s, math.nan))
 
     def totals(self, s: Tensor) -> Tensor:
         """The weighted mean (n,) of desirabilities (n, components)."""

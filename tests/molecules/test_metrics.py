@@ -1,6 +1,8 @@
 """Metrics of populations by hand, and what every registered one promises."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,10 +75,18 @@ def test_property_metrics_are_those_of_the_property_and_name_what_was_not_descri
         value("property_mean", a, b, property="tpsa")
 
 
-@pytest.mark.parametrize("name", METRICS)
+def test_the_example_of_the_docs_gives_what_it_says(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "molecules.md").read_text()
+    code = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "describe" in part]
+    exec(compile(code[0], "docs/molecules.md", "exec"), {})
+    assert "0.5000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(METRICS))
 def test_a_metric_of_two_batches_is_that_of_both_and_of_nothing_is_nan(name, described):
     a, b = described
     judge = metric(name, b)
+    judge.update(describe([]))
     assert math.isnan(judge.compute().item())
     judge.reset()
     judge.update(describe(A[:3]))

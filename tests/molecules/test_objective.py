@@ -2,6 +2,8 @@
 
 import csv
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from gengrad.molecules.desirability import arithmetic_mean, geometric_mean
 from gengrad.molecules.objective import read_objective
 from gengrad.molecules.scoring import _limit_scaffolds
 from gengrad.registry import TRANSFORMS
+from gengrad.strict_yaml import parse_yaml
 
 SETTINGS = {
     "sigmoid": {"low": 1.0, "high": 3.0}, "reverse_sigmoid": {"low": 1.0, "high": 3.0},
@@ -25,7 +28,7 @@ def at(name, *x, **more):
     return transform(torch.tensor(x, dtype=torch.float64)).tolist()
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", list(TRANSFORMS))
 def test_a_transform_stays_in_the_unit_interval_and_passes_nan_on(name):
     x = [0.0, 0.3, 1.0] if name == "identity" else [-1e6, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 1e6]
     assert all(0 <= s <= 1 for s in at(name, *x))
@@ -94,6 +97,12 @@ def test_the_mistakes_of_an_objective_are_named_all_at_once(raw, says):
     assert all(said in str(told.value) for said in says), told.value
 
 
+def test_the_objective_of_the_docs_can_be_read():
+    text = (Path(__file__).parents[2] / "docs" / "molecules.md").read_text()
+    objective = read_objective(parse_yaml(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1], "docs/molecules.md"))
+    assert objective.labels == ["qed", "logp", "similarity", "program", "substructure", "alerts", "weight"]
+
+
 def test_of_each_scaffold_the_best_pass():
     total = torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3])
     passed, notes = torch.tensor([True, True, True, True, False]), [[] for _ in range(5)]
@@ -132,7 +141,8 @@ def test_a_file_is_scored_row_by_row_and_nothing_is_lost(tmp_path, capsys, monke
     assert toluene["python"] == "" and "python: ZeroDivisionError" in toluene["notes"]
     assert (ethanol["total"], ethanol["passed"]) == ("0.0", "0")
     assert "filter: substructure at least 1" in ethanol["notes"]
-    for row, weights in ((toluene, {"qed": 2, "lipophilicity": 1}), (phenol, {"qed": 2, "lipophilicity": 1, "python": 1})):
+    known = {"qed": 2, "lipophilicity": 1}
+    for row, weights in ((toluene, known), (phenol, {**known, "python": 1})):
         logs = sum(w * math.log(float(row[f"{name}.s"])) for name, w in weights.items())
         assert float(row["total"]) == pytest.approx(math.exp(logs / sum(weights.values())))
     own = ("id", "row", "input")

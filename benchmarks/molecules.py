@@ -2,9 +2,9 @@
 
     python benchmarks/molecules.py [--parts prepare,score] [--data FILE] [--n 20000] [--processes 1,2] [--out FILE]
 
-Without --data the enumerated library stands in, which is cleaner than a real set. Seconds are of the wall clock and hold
-the start of the worker processes; CPU-seconds are of all processes. Parts that the JSON holds at the same n, data and
-processes are not measured again.
+Without --data the enumerated library stands in, which is cleaner than a real set. Seconds are of the wall clock and
+hold the start of the worker processes; CPU-seconds are of all processes. Parts that the JSON holds at
+the same n, data and processes are not measured again.
 """
 
 from __future__ import annotations

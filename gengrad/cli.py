@@ -169,14 +169,15 @@ def train(given) -> int:
 def sample(given) -> int:
     """``gengrad sample RUN --n 64 --nfe 5 --out samples.npy``"""
     from gengrad import plotting, sampling
+    from gengrad.files import writable
 
     flow = _flow(given)
     _choose_phases(flow, given)
     folder = Path(given.run)
-    out = sampling.writable(given.out, sampling.ENDINGS) if given.out else None
+    out = writable(given.out, sampling.ENDINGS) if given.out else None
     film = None
     if given.trajectory is not None:
-        film = sampling.writable(Path(given.trajectory or folder / "trajectory.gif"), (".gif",))
+        film = writable(Path(given.trajectory or folder / "trajectory.gif"), (".gif",))
     nfes = given.nfe or [_default_nfe(flow)]
     for nfe in nfes:
         flow.cost(nfe, given.solver)  # an NFE that cannot be spent is refused before any work

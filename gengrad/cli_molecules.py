@@ -40,17 +40,12 @@ def _add_file(parser: argparse.ArgumentParser, positive) -> None:
     parser.add_argument("--timeout", type=positive, default=10, metavar="SECONDS", help="for one molecule (default 10)")
 
 
-def _ends(path: Path, ending: str) -> None:
-    if path.suffix.lower() != ending:
-        raise ValueError(f"--out {path}: give a name that ends in {ending}")
-
-
 def library(given) -> int:
     """``gengrad molecules library --out library.smi``"""
-    from gengrad.files import write_atomically
+    from gengrad.files import writable, write_atomically
     from gengrad.molecules.library import library as enumerate_library
 
-    _ends(given.out, ".smi")
+    writable(given.out, (".smi",))
     smiles = enumerate_library(given.n, given.seed)
     write_atomically(given.out, "".join(f"{text} {i}\n" for i, text in enumerate(smiles, 1)).encode())
     print(f"{len(smiles):,} molecules\nwritten: {given.out}")
@@ -76,10 +71,11 @@ def prepare(given) -> int:
 
 def score(given) -> int:
     """``gengrad molecules score FILE --objective objective.yaml --out scores.csv``"""
+    from gengrad.files import writable
     from gengrad.molecules.objective import load_objective
     from gengrad.molecules.scoring import score_file
 
-    _ends(given.out, ".csv")
+    writable(given.out, (".csv",))
     objective = load_objective(given.objective)
     found = score_file(given.file, objective, given.out, column=given.column, processes=given.processes,
                        timeout=given.timeout)

@@ -73,6 +73,7 @@ def prepare_file(
     """
     settings, out = settings or Standard(), Path(out)
     contents = read_molecules(path, column)
+    out.mkdir(parents=True, exist_ok=True)  # refused now, if it is, and not after the work
     found = prepare(contents.rows, settings, processes, timeout)
     summary = {
         "input": str(path), "sha256": sha256_of(path), "encoding": contents.encoding, "column": contents.column,

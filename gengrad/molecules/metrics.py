@@ -18,6 +18,7 @@ from rdkit import Chem, rdBase
 from torch import Tensor
 from torchmetrics import Metric
 
+import gengrad.molecules.scorers  # noqa: F401 - registers the scorers
 from gengrad.molecules.properties import scaffold
 from gengrad.molecules.references import morgan
 from gengrad.registry import METRICS, SCORERS, Settings

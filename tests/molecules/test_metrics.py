@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import gengrad.molecules.scorers  # noqa: F401 - registers the scorers
 from gengrad.molecules.metrics import METRICS, describe, tanimoto, wasserstein_1
 
 A = ["CCO", "OCC", "c1ccccc1C", "hello", "c1ccccc1CC", "", "C1CC1"]

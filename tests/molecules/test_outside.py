@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import gengrad.molecules.scorers  # noqa: F401 - registers them
 from gengrad.molecules.standard import Standard
 from gengrad.molecules.workers import Workers
 from gengrad.registry import SCORERS

@@ -35,12 +35,14 @@ _PUBLIC = {
     "particle_flow": "gengrad.flows.particles",
 }
 __all__ = [*_PUBLIC, "__version__"]
+_ROOMS = {"data", "ot", "networks", "functionals", "flows", "methods", "molecules", "training", "evaluation"}
+_ROOMS |= {"plotting"}
 
 
 def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
-    if name in ("data", "ot", "networks", "functionals", "flows", "methods", "training", "evaluation", "plotting"):
+    if name in _ROOMS:
         return import_module(f"gengrad.{name}")
     raise AttributeError(f"module 'gengrad' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""The commands: train, sample, evaluate, doctor. A user's mistake ends with one message and exit code 2."""
+"""The commands: train, sample, evaluate, molecules, doctor. A user's mistake ends with one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gengrad
+from gengrad.cli_molecules import add_molecules
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +76,7 @@ def _parser(prog: str) -> Parser:
     add_train(commands.add_parser("train", help="train a run from a config, or go on with it"))
     add_sample(commands.add_parser("sample", help="draw samples from a trained run"))
     add_evaluate(commands.add_parser("evaluate", help="judge a run against its data"))
+    add_molecules(commands.add_parser("molecules", help="read, standardise and score molecules"), positive)
     doctor_parser = commands.add_parser("doctor", help="say what is installed and what this machine offers")
     doctor_parser.set_defaults(command=doctor)
     return parser
@@ -167,14 +169,15 @@ def train(given) -> int:
 def sample(given) -> int:
     """``gengrad sample RUN --n 64 --nfe 5 --out samples.npy``"""
     from gengrad import plotting, sampling
+    from gengrad.files import writable
 
     flow = _flow(given)
     _choose_phases(flow, given)
     folder = Path(given.run)
-    out = sampling.writable(given.out, sampling.ENDINGS) if given.out else None
+    out = writable(given.out, sampling.ENDINGS) if given.out else None
     film = None
     if given.trajectory is not None:
-        film = sampling.writable(Path(given.trajectory or folder / "trajectory.gif"), (".gif",))
+        film = writable(Path(given.trajectory or folder / "trajectory.gif"), (".gif",))
     nfes = given.nfe or [_default_nfe(flow)]
     for nfe in nfes:
         flow.cost(nfe, given.solver)  # an NFE that cannot be spent is refused before any work
@@ -301,7 +304,7 @@ def doctor(given) -> int:
     import torch
 
     print(f"gengrad {gengrad.__version__}, Python {sys.version.split()[0]}, {sys.platform}")
-    packages = "torch torchvision accelerate torchmetrics torch_fidelity numpy scipy sklearn ot numba"
+    packages = "torch torchvision accelerate torchmetrics torch_fidelity numpy scipy sklearn ot rdkit numba"
     for name in packages.split():
         try:
             print(f"  {name:14s} {getattr(importlib.import_module(name), '__version__', 'installed')}")

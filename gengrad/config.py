@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -12,17 +11,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 import gengrad.data
 import gengrad.methods
 import gengrad.networks  # noqa: F401 - the three imports fill the registries
 from gengrad.registry import DATASETS, METHODS, NETWORKS, Registry, Settings
+from gengrad.strict_yaml import ConfigError, Loader, check, parse_yaml
 from gengrad.training.loop import TrainSettings
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message lists every mistake with its file and key."""
 
 
 class EvaluateSettings(Settings):
@@ -102,19 +98,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return read_config(raw, str(path), origins)
 
 
-def parse_yaml(text: str, where: str) -> dict:
-    """YAML as plain data: no tags, no doubled keys, 1e-4 is a number; raises ``ConfigError``."""
-    try:
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{where} must hold sections such as 'data:' and 'method:'; found a {type(raw).__name__}")
-    return raw
-
-
 def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
     key, sign, value = override.partition("=")
     parts = key.strip().split(".")
@@ -130,7 +113,7 @@ def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"override {override!r}: {part!r} is a value, it has no keys below it")
     try:
-        parsed = yaml.load(value, Loader=_Loader) if value else None
+        parsed = yaml.load(value, Loader=Loader) if value else None
     except yaml.YAMLError:
         raise ConfigError(
             f"override {override!r}: the value {value!r} is not valid YAML; quote it, e.g. '{key}=\"{value}\"'"
@@ -148,7 +131,7 @@ def read_config(raw: dict, where: str = "the config", origins: dict[str, str] | 
     problems: list[tuple[str, str]] = []
     fields, general = {}, {k: v for k, v in raw.items() if k not in NAMED and k not in PLAIN}
     top = list(General.model_fields) + list(NAMED) + list(PLAIN)
-    fields["general"] = _checked(General, general, "", top, problems)
+    fields["general"] = check(General, general, "", top, problems)
     for section, (registry, default) in NAMED.items():
         fields[section] = _named(section, raw.get(section), registry, default, problems)
     for section, schema in PLAIN.items():
@@ -200,7 +183,7 @@ def _named(section: str, raw: object, registry: Registry, default: str | None, p
         problems.append((f"{section}.name", str(error)))
         return None
     rest = {key: value for key, value in raw.items() if key != "name"}
-    checked = _checked(schema, rest, section, list(schema.model_fields), problems)
+    checked = check(schema, rest, section, list(schema.model_fields), problems)
     return None if checked is None else {"name": raw["name"], **checked.model_dump(mode="json")}
 
 
@@ -208,54 +191,4 @@ def _section(section: str, raw: object, schema: type[Settings], problems: list) 
     if raw is not None and not isinstance(raw, dict):
         problems.append((section, f"expected a mapping, found {raw!r}"))
         return None
-    return _checked(schema, raw or {}, section, list(schema.model_fields), problems)
-
-
-def _checked(schema: type[Settings], raw: dict, section: str, known: list[str], problems: list) -> Settings | None:
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        for item in error.errors():
-            key = ".".join(str(part) for part in (section, *item["loc"]) if str(part))
-            problems.append((key or section, _explain(item, known)))
-    return None
-
-
-def _explain(item: dict, known: list[str]) -> str:
-    """One pydantic error as: what was found, what is allowed."""
-    if item["type"] == "extra_forbidden":
-        key = str(item["loc"][-1])
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key; {guess}Known here: {', '.join(known) or 'no keys'}"
-    if item["type"] == "missing":
-        return "missing"
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{message}; found {item['input']!r}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (1e-4 is one), no tags of any kind, no key twice."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", node.start_mark)
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE),
-    list("-+0123456789."),
-)
+    return check(schema, raw or {}, section, list(schema.model_fields), problems)

@@ -76,6 +76,21 @@ def write_atomically(path: str | Path, content: Content) -> None:
             temporary.unlink()
 
 
+def writable(path: Path, endings: tuple[str, ...]) -> Path:
+    """``path`` if a file can be written there; raises ``ValueError`` for a wrong ending, ``OSError`` otherwise.
+
+    Asked before the work starts, so that none is lost.
+    """
+    if path.suffix not in endings:
+        raise ValueError(f"cannot tell the format of {path}: its name must end in {', '.join(endings)}")
+    parent = path.parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"no folder {parent} to write {path.name} in; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: it is a folder or not writable")
+    return path
+
+
 def write_through(path: str | Path, content: Content) -> None:
     """Write a new file and wait until the disk has it; raises ``OSError``, also when it is there already.
 

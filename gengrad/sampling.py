@@ -39,21 +39,6 @@ def target_of(flow: Flow) -> Distribution:
     return DATASETS.build(data, event_shape=flow.event_shape)
 
 
-def writable(path: Path, endings: tuple[str, ...]) -> Path:
-    """``path`` if a file can be written there; raises ``ValueError`` for a wrong ending, ``OSError`` otherwise.
-
-    Asked before the sampling starts, so that no work is lost.
-    """
-    if path.suffix not in endings:
-        raise ValueError(f"cannot tell the format of {path}: its name must end in {', '.join(endings)}")
-    parent = path.parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"no folder {parent} to write {path.name} in; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
-        raise PermissionError(f"cannot write {path}: it is a folder or not writable")
-    return path
-
-
 def writable_folder(folder: Path) -> Path:
     """``folder`` if reports can be written there; raises ``PermissionError`` before any work is done."""
     if not os.access(folder, os.W_OK):

@@ -34,6 +34,12 @@ class ComponentSettings(Settings):
 
     _names = field_validator("scorer", "transform", mode="before")(_named)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given):
+        """``- qed`` is short for ``- {scorer: qed}``."""
+        return {"scorer": given} if isinstance(given, str) else given
+
 
 class FilterSettings(Settings):
     """A molecule passes when ``at_least`` <= property <= ``at_most``; one of the two may be left out."""

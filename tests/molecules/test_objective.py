@@ -65,6 +65,11 @@ def test_the_total_has_a_gradient_also_where_a_component_is_not_known():
     assert x.grad.isfinite().all() and x.grad[0, 0] > 0 and x.grad[0, 1] == 0
 
 
+def test_a_bare_name_is_a_component():
+    objective = read_objective({"components": ["qed", {"scorer": "qed"}]})
+    assert [c.label for c in objective.components] == ["qed", "qed_2"] and objective.labels == ["qed"]
+
+
 def test_a_scorer_named_twice_is_one_and_equal_names_get_numbers():
     one = {"scorer": {"name": "similarity", "to": ["CC"]}}
     objective = read_objective({

@@ -18,7 +18,7 @@ import gengrad.methods
 import gengrad.networks  # noqa: F401 - the three imports fill the registries
 from gengrad.registry import DATASETS, METHODS, NETWORKS, Registry, Settings
 from gengrad.strict_yaml import ConfigError, Loader, check, parse_yaml
-from gengrad.training.loop import TrainSettings
+from gengrad.training.fitter import TrainSettings
 
 
 class EvaluateSettings(Settings):

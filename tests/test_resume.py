@@ -86,7 +86,7 @@ def _stop_after(patch, steps: int) -> None:
     """Ctrl-C during optimiser step ``steps``."""
     from gengrad.training import loop
 
-    step, taken = loop._Fitter.step, []
+    step, taken = loop.Fitter.step, []
 
     def counted(self, progress):
         taken.append(1)
@@ -94,7 +94,7 @@ def _stop_after(patch, steps: int) -> None:
             signal.raise_signal(signal.SIGINT)
         return step(self, progress)
 
-    patch.setattr(loop._Fitter, "step", counted)
+    patch.setattr(loop.Fitter, "step", counted)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(small, tmp_path, monkeypatch, capsys):
@@ -223,7 +223,7 @@ def test_a_run_of_two_stages_resumes_in_either_and_repeats_none(small, tmp_path,
     assert main(["train", str(small("whole", **settings))]) == 0
     assert len(gengrad_flow(tmp_path / "whole").transports) == 2
     cut = small("cut", **settings)
-    taken, step = [], loop._Fitter.step
+    taken, step = [], loop.Fitter.step
     # Ctrl-C in the first stage, in its last step (one step of the second is taken before it is seen), in the second
     for stop in (5, 7, 9):
         with monkeypatch.context() as patch:
@@ -234,7 +234,7 @@ def test_a_run_of_two_stages_resumes_in_either_and_repeats_none(small, tmp_path,
         taken.append(progress.step)
         return step(self, progress)
 
-    monkeypatch.setattr(loop._Fitter, "step", counted)
+    monkeypatch.setattr(loop.Fitter, "step", counted)
     assert main(["train", str(cut)]) == 0
     assert taken == [10, 11]  # 5 + 7 of the first stage, 1 + 9 of the second: two are left
     same_runs(tmp_path / "whole", tmp_path / "cut")

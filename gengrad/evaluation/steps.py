@@ -11,6 +11,7 @@ from torch import Tensor
 from gengrad.data.draws import draw
 from gengrad.evaluation.grid import GridTruth
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, symmetric_gaussian_kl
+from gengrad.flows.densities import doubled
 from gengrad.flows.flow import Flow
 
 
@@ -20,7 +21,7 @@ def forward_densities(flow: Flow, n: int, seed: int) -> list[tuple[Tensor, Tenso
     log_rho, states = flow.source.log_density(x).double(), []
     states.append((x, log_rho))
     with torch.no_grad():
-        for transport in flow._doubles(None):
+        for transport in doubled(flow):
             log_rho = log_rho - transport.log_det(x)
             x = transport.push(x)
             states.append((x, log_rho))
@@ -34,7 +35,7 @@ def affine_gaussians(flow: Flow) -> list[tuple[Tensor, Tensor]] | None:
     if moments is None or not affine:
         return None
     states = [moments]
-    for transport in flow._doubles(None):
+    for transport in doubled(flow):
         q, b = transport.network.quadratic.detach(), transport.network.shift.detach()
         mean, cov = states[-1]
         states.append((q @ mean + b, q @ cov @ q))

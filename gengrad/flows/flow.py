@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +13,8 @@ from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
 from gengrad.data.draws import Keyed, draw, draw_labels
-from gengrad.flows.solvers import SOLVERS
+from gengrad.flows import densities
+from gengrad.flows.metering import counting, solved_by
 from gengrad.flows.stored import read_stored, write_stored
 from gengrad.flows.transports import Condition, Transport, transport_from
 from gengrad.registry import DATASETS, settings_of
@@ -109,8 +106,8 @@ class Flow(nn.Module):
         self._check(n, chunk)
         y = self._labels(first, first + n, seed, label, guidance)
         started, parts, position = time.perf_counter(), [], first
-        with self._solved_by(solver), self._counting() as counted:
-            budget = self.allocate(nfe)[: self._steps(step)]
+        with solved_by(self.transports, solver), counting(self.transports) as counted:
+            budget = self.allocate(nfe)[: self.steps(step)]
             while position < first + n:
                 stop = min(position + chunk, first + n)
                 some = None if y is None else Condition(y[position - first : stop - first].to(self.device), guidance)
@@ -140,7 +137,7 @@ class Flow(nn.Module):
         self._check(n, 1)
         y = self._labels(0, n, seed, label, guidance)
         condition = {} if y is None else {"condition": Condition(y.to(self.device), guidance)}
-        with torch.inference_mode(), self._solved_by(solver):
+        with torch.inference_mode(), solved_by(self.transports, solver):
             states = [draw(self.source, 0, n, seed, "source").to(self.device)]
             for number, (transport, share) in enumerate(zip(self.transports, self.allocate(nfe))):
                 noise = Keyed(0, n, seed, f"latent/{number}")
@@ -149,7 +146,7 @@ class Flow(nn.Module):
 
     def phases(self, nfe: int | None = None, solver: str | None = None) -> list[tuple[str, int]]:
         """(name, number of states) of the phases that ``trajectory`` goes through, where the transports have any."""
-        with self._solved_by(solver):
+        with solved_by(self.transports, solver):
             return [phase for t, share in zip(self.transports, self.allocate(nfe)) for phase in t.phases(share)]
 
     @property
@@ -196,7 +193,7 @@ class Flow(nn.Module):
 
     def cost(self, nfe: int | None = None, solver: str | None = None) -> int:
         """Network evaluations that ``sample(nfe=nfe, solver=solver)`` spends a sample; ``ValueError`` if it cannot."""
-        with self._solved_by(solver):
+        with solved_by(self.transports, solver):
             return sum(transport.cost(share) for transport, share in zip(self.transports, self.allocate(nfe)))
 
     def allocate(self, nfe: int | None) -> list[int | None]:
@@ -229,41 +226,6 @@ class Flow(nn.Module):
         if chunk < 1:
             raise ValueError(f"chunk is the number of samples moved at once, at least 1; got {chunk}")
 
-    @contextmanager
-    def _solved_by(self, solver: str | None) -> Iterator[None]:
-        """Another solver for the time of one call."""
-        if solver is not None and solver not in SOLVERS:
-            raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
-        chosen = [t for t in self.transports if solver is not None and hasattr(t, "solver")]
-        before = [t.solver for t in chosen]
-        for transport in chosen:
-            transport.solver = solver
-        try:
-            yield
-        finally:
-            for transport, old in zip(chosen, before):
-                transport.solver = old
-
-    @contextmanager
-    def _counting(self) -> Iterator[dict[str, int]]:
-        """Counts the evaluations that really happen, times samples: of velocities under "", others by name."""
-        counted = {"": 0}
-
-        def count_as(name: str):
-            def count(module, inputs):
-                counted[name] = counted.get(name, 0) + len(inputs[0])
-
-            return count
-
-        networks = [("", network) for t in self.transports for network in t.velocity_networks()]
-        networks += [item for t in self.transports for item in t.other_networks().items()]
-        hooks = [network.register_forward_pre_hook(count_as(name)) for name, network in networks]
-        try:
-            yield counted
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def fingerprint(self) -> str:
         """SHA-256 of the weights."""
         digest = hashlib.sha256()
@@ -280,50 +242,17 @@ class Flow(nn.Module):
         log rho_k(x) = log rho_0(x_0) - sum_j log det DT_j(x_{j-1}), x_0 .. x_k = x the way back, in float64.
         Raises ``ValueError`` where the source or a transport has no density.
         """
-        self._needs_densities(self._steps(step))
-        if not hasattr(self.source, "log_density"):
-            raise ValueError(f"the source {self.source.name!r} has no log density, so the flow has none")
-        return torch.cat([self._log_density(part, step) for part in x.split(chunk)])
+        return densities.log_density(self, x, step, chunk)
 
     def to_source(self, x: Tensor, step: int | None = None, chunk: int = 4096) -> Tensor:
         """The source points (n, *event), float64, that the first ``step`` transports carry to x; round trip 1e-6.
 
         Raises ``ValueError`` where a transport has no inverse, or a point lies where the inverse is not found.
         """
-        self._needs_densities(self._steps(step))
-        return torch.cat([self._way_back(part, step)[-1] for part in x.split(chunk)])
+        return densities.to_source(self, x, step, chunk)
 
-    @torch.no_grad()
-    def _log_density(self, x: Tensor, step: int | None) -> Tensor:
-        way = self._way_back(x, step)
-        log_rho = self.source.log_density(way[-1].cpu()).to(way[-1])
-        for transport, before in zip(self._doubles(step), reversed(way[1:])):
-            log_rho = log_rho - transport.log_det(before)
-        volume = 0.0 if self.units is None else x[0].numel() * math.log(self.units[1])
-        return (log_rho - volume).cpu()
-
-    @torch.no_grad()
-    def _way_back(self, x: Tensor, step: int | None) -> list[Tensor]:
-        """x and the points before it, the source's last, without the units."""
-        x = x.to(self.device, torch.float64)
-        way = [x if self.units is None else (x - self.units[0].to(x)) / self.units[1]]
-        for transport in reversed(self._doubles(step)):
-            way.append(transport.inverse(way[-1]))
-        return way
-
-    def _doubles(self, step: int | None) -> list[Transport]:
-        """The first transports in float64."""
-        return [copy.deepcopy(transport).double() for transport in self.transports[: self._steps(step)]]
-
-    def _needs_densities(self, steps: int) -> None:
-        for number, transport in enumerate(self.transports[:steps]):
-            if not transport.has_density:
-                raise ValueError(
-                    f"this flow has no densities: its transport {number + 1} is a {transport.kind!r}, which has no "
-                    "log det here; the flows of method jko_icnn have them"
-                )
-
-    def _steps(self, step: int | None) -> int:
+    def steps(self, step: int | None) -> int:
+        """How many transports ``step`` names: itself, or all; ``ValueError`` beyond them."""
         count = len(self.transports)
         if step is not None and not 0 <= step <= count:
             raise ValueError(f"step={step} is not between 0 and the flow's {count} transports")

@@ -116,21 +116,27 @@ def gaussian_start(y, half_y, mean_x, mean_y, var_x, var_y, eps):
     return psi
 
 
+@inner
+def row_sums(row, v, s):
+    """sum_j K_j v_j and sum_j K_j v_j s_j."""
+    total, other = F(0.0), F(0.0)
+    for j in range(row.shape[0]):
+        w = row[j] * v[j]
+        total += w
+        other += w * s[j]
+    return total, other
+
+
 @jit
 def normalise(kernel, v, s):
     """K_ij <- K_ij v_j / sum_j K_ij v_j, in place; returns the row averages of s under it."""
-    n, m = kernel.shape
-    mean = np.empty(n, F)
-    for i in range(n):
-        total, other = F(0.0), F(0.0)
-        for j in range(m):
-            w = kernel[i, j] * v[j]
-            kernel[i, j] = w
-            total += w
-            other += w * s[j]
+    mean = np.empty(kernel.shape[0], F)
+    for i in range(kernel.shape[0]):
+        row = kernel[i]
+        total, other = row_sums(row, v, s)
         scale = F(1.0) / total
-        for j in range(m):
-            kernel[i, j] *= scale
+        for j in range(row.shape[0]):
+            row[j] *= v[j] * scale
         mean[i] = other * scale
     return mean
 
@@ -138,14 +144,9 @@ def normalise(kernel, v, s):
 @jit
 def row_means(kernel, v, s):
     """The row averages of s under the kernel with columns scaled by v."""
-    n, m = kernel.shape
-    mean = np.empty(n, F)
-    for i in range(n):
-        total, other = F(0.0), F(0.0)
-        for j in range(m):
-            w = kernel[i, j] * v[j]
-            total += w
-            other += w * s[j]
+    mean = np.empty(kernel.shape[0], F)
+    for i in range(kernel.shape[0]):
+        total, other = row_sums(kernel[i], v, s)
         mean[i] = other / total
     return mean
 

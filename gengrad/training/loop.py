@@ -4,60 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from gengrad.data.draws import generator_for
 from gengrad.files import SaveError
 from gengrad.flows.flow import Flow
-from gengrad.methods.base import Part, Stage
-from gengrad.registry import Settings
-from gengrad.training.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    load_module_state,
-    load_optimizer_state_by_name,
-    module_state,
-    optimizer_state_by_name,
-)
-from gengrad.training.ema import EMA
+from gengrad.methods.base import Stage
+from gengrad.training.checkpoint import Checkpoint, CheckpointStore
+from gengrad.training.fitter import Fitter, TrainingStopped, TrainSettings
 from gengrad.training.interrupt import Interrupts
 from gengrad.training.ranks import together
-from gengrad.training.schedule import learning_rate
 from gengrad.training.tracking import Tracker
 
 MOST_SKIPS = 10  # non-finite steps in a row after which a run gives up
-
-
-class TrainSettings(Settings):
-    """The ``train:`` section of a config. ``lr`` and ``warmup`` count optimiser steps, ``batch_size`` is global."""
-
-    steps: int = Field(10_000, ge=1)
-    batch_size: int = Field(256, ge=2)
-    accumulate: int = Field(1, ge=1)  # pieces that the batch goes through the network in: less memory, same gradient
-    lr: float = Field(1e-3, gt=0)
-    lr_decay: Literal["cosine", "constant"] = "cosine"
-    warmup: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
-    ema_share: float = Field(0.02, ge=0, le=1)  # horizon of the weight average as a share of the stage; 0: none
-    precision: Literal["no", "bf16"] = "no"
-    compile: bool = False  # torch.compile: minutes at the start, faster steps after; needs a C++ compiler
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=2)
-    log_every: int = Field(50, ge=1)
-    preview_every: int | None = Field(None, ge=1)  # steps between pictures; none: at the end only
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says where, why and what was kept."""
 
 
 @dataclass
@@ -132,98 +95,6 @@ def fit(stages: Iterable[Stage], flow: Flow, settings: TrainSettings, run: Run, 
     return ended(True, None)
 
 
-class _Fitter:
-    """The moving parts of one stage: wrapped networks, optimiser, average; and their state by name."""
-
-    def __init__(self, stage: Stage, settings: TrainSettings, run: Run):
-        self.stage, self.settings, self.run = stage, settings, run
-        device = run.accelerator.device
-        for network in stage.networks.values():
-            network.to(device)
-        self.ema = EMA(stage.networks, settings.ema_share * stage.steps)
-        self.networks: dict[str, nn.Module] = {
-            name: run.accelerator.prepare(network) for name, network in stage.networks.items()
-        }
-        if settings.compile:
-            for network in self.networks.values():
-                network.compile()
-        self.spent: dict[str, float] = {}  # what the stage has logged as ..._seconds since the last line
-        self.named = {f"{n}.{p}": w for n, net in stage.networks.items() for p, w in net.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
-
-    def step(self, progress: Progress) -> tuple[Tensor, Tensor, dict[str, float]] | None:
-        """One optimiser step; (loss, gradient norm, logs), or None when something was not finite and it was skipped."""
-        run, settings, stage = self.run, self.settings, self.stage
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(
-                progress.step, stage.steps, settings.lr, settings.warmup, settings.lr_decay
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        # `prepare` has wrapped the networks' forward for mixed precision; transport problems keep full precision
-        try:
-            loss, logs = self._gradient(progress.step)
-        except torch.OutOfMemoryError as error:
-            raise TrainingStopped(
-                f"stage {stage.name!r}, step {progress.step}: out of GPU memory ({str(error).split('. ')[0]}). Lower "
-                "train.batch_size or the network's width, or try train.precision=bf16 or train.accumulate=2; the last "
-                "checkpoint is kept"
-            ) from error
-        norm = nn.utils.clip_grad_norm_(self.named.values(), settings.grad_clip)
-        # the gradient is averaged over processes, so its norm tells all of them the same; the loss does not
-        finite = torch.stack([loss.detach().float(), norm.float()]).isfinite().all()
-        if run.accelerator.num_processes > 1:
-            finite = run.accelerator.reduce(finite.float(), reduction="sum") == run.accelerator.num_processes
-        if not finite:
-            return None
-        self.optimizer.step()
-        self.ema.update(stage.networks, progress.step)
-        return loss.detach(), norm.detach(), logs
-
-    def _gradient(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss and logs of the batch of ``step``, taken in pieces; its gradient is left in the weights."""
-        accelerator, stage, settings = self.run.accelerator, self.stage, self.settings
-        place = (settings.batch_size, accelerator.process_index, accelerator.num_processes)
-        losses, logs = [], {}
-        for piece in range(settings.accumulate):
-            part = Part(step, *place, piece, settings.accumulate)
-            with ExitStack() as stack:
-                if piece < settings.accumulate - 1:  # processes meet once, at the last piece
-                    for network in self.networks.values():
-                        stack.enter_context(accelerator.no_sync(network))
-                generator = generator_for(self.run.seed, f"train/{stage.name}", step)  # the same for all pieces
-                loss, logs = stage.objective(self.networks, part, generator)
-                accelerator.backward(loss / settings.accumulate)
-            for key in logs:
-                if key.endswith("_seconds"):
-                    self.spent[key] = self.spent.get(key, 0.0) + logs[key]
-            losses.append(loss.detach())
-        return torch.stack(losses).mean(), logs
-
-    def check_finite(self, run: Run) -> None:
-        """Raises ``TrainingStopped`` where a weight is not finite: such a state is never committed."""
-        for name, parameter in self.named.items():
-            if not parameter.isfinite().all():
-                raise TrainingStopped(
-                    f"stage {self.stage.name!r}: the weights {name} are not finite after step {run.progress.step}; "
-                    f"nothing of this step is saved. {run.way_out()}"
-                )
-
-    def state(self) -> dict:
-        return {
-            "networks": {name: module_state(network) for name, network in self.stage.networks.items()},
-            "average": {name: module_state(network) for name, network in self.ema.networks.items()},
-            "optimizer": optimizer_state_by_name(self.optimizer, self.named),
-        }
-
-    def load(self, state: dict) -> None:
-        for name, network in self.stage.networks.items():
-            load_module_state(network, state["networks"][name])
-            load_module_state(self.ema.networks[name], state["average"][name])
-        load_optimizer_state_by_name(self.optimizer, self.named, state["optimizer"])
-
-
 def _fit_stage(
     stage: Stage, flow: Flow, settings: TrainSettings, run: Run, found: Checkpoint | None, interrupts: Interrupts
 ) -> bool:
@@ -231,7 +102,7 @@ def _fit_stage(
     if not stage.networks:  # nothing to learn, as for particles alone
         _end_stage(stage, {}, flow, run)
         return True
-    fitter, progress, tracker = _Fitter(stage, settings, run), run.progress, run.tracker
+    fitter, progress, tracker = Fitter(stage, settings, run), run.progress, run.tracker
     if found is not None and found.shared["fitter"] is not None:
         fitter.load(found.shared["fitter"])
         if found.rank is not None:  # None when the number of processes changed: stages then make it anew
@@ -275,7 +146,7 @@ def _end_stage(stage: Stage, networks: dict[str, nn.Module], flow: Flow, run: Ru
     _commit(None, flow, run)
 
 
-def _count_skip(fitter: _Fitter, flow: Flow, run: Run) -> None:
+def _count_skip(fitter: Fitter, flow: Flow, run: Run) -> None:
     """Notes a non-finite step; after ten in a row saves what is needed to replay it and gives up."""
     progress = run.progress
     progress.skips, progress.skipped = progress.skips + 1, progress.skipped + 1
@@ -293,7 +164,7 @@ def _count_skip(fitter: _Fitter, flow: Flow, run: Run) -> None:
     )
 
 
-def _log(fitter: _Fitter, result: tuple, run: Run, speed: float) -> None:
+def _log(fitter: Fitter, result: tuple, run: Run, speed: float) -> None:
     loss, norm, logs = result
     if run.accelerator.num_processes > 1:
         loss = run.accelerator.reduce(loss, reduction="mean")
@@ -314,7 +185,7 @@ def _log(fitter: _Fitter, result: tuple, run: Run, speed: float) -> None:
         )
 
 
-def _shared_state(fitter: _Fitter | None, flow: Flow, run: Run) -> dict:
+def _shared_state(fitter: Fitter | None, flow: Flow, run: Run) -> dict:
     """Everything a resumed run needs, by name: the stages done are in the flow, the current one in its fitter."""
     return {
         "progress": asdict(run.progress),
@@ -325,7 +196,7 @@ def _shared_state(fitter: _Fitter | None, flow: Flow, run: Run) -> dict:
     }
 
 
-def _commit(fitter: _Fitter | None, flow: Flow, run: Run) -> None:
+def _commit(fitter: Fitter | None, flow: Flow, run: Run) -> None:
     """Saves a checkpoint on all processes, then publishes the flow as it stands."""
     rank_state = {"stage": fitter.stage.state()} if fitter is not None else {}
     if fitter is not None:
@@ -342,7 +213,7 @@ def _publish(write: Callable[[], None], run: Run) -> None:
     together(run.store.ranks, write if run.accelerator.is_main_process else lambda: None, (SaveError, ValueError))
 
 
-def _with_current(fitter: _Fitter, flow: Flow, use: Callable[[Flow, Progress], None], progress: Progress) -> None:
+def _with_current(fitter: Fitter, flow: Flow, use: Callable[[Flow, Progress], None], progress: Progress) -> None:
     """Calls ``use`` with the flow as if the current stage ended here."""
     before = list(flow.transports)
     _attach(fitter.stage, flow, fitter.ema.networks)

@@ -163,7 +163,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(config, tmp_path, stop_a
     from gengrad.training import loop
 
     assert main(["train", str(config("whole"))]) == 0
-    taken, step = [], loop._Fitter.step
+    taken, step = [], loop.Fitter.step
 
     def cut(self, progress):
         taken.append(1)
@@ -171,9 +171,9 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(config, tmp_path, stop_a
             raise KeyboardInterrupt
         return step(self, progress)
 
-    monkeypatch.setattr(loop._Fitter, "step", cut)
+    monkeypatch.setattr(loop.Fitter, "step", cut)
     assert main(["train", str(config("cut"))]) == 130
-    monkeypatch.setattr(loop._Fitter, "step", step)
+    monkeypatch.setattr(loop.Fitter, "step", step)
     assert main(["train", str(config("cut"))]) == 0
     whole, again = gengrad.load(tmp_path / "whole"), gengrad.load(tmp_path / "cut")
     for (name, a), (_, b) in zip(whole.state_dict().items(), again.state_dict().items()):

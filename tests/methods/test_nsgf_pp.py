@@ -194,7 +194,7 @@ def test_a_kill_in_the_second_or_third_stage_repeats_nothing_of_those_before(sma
     changes = {"method": METHOD, "train": {"steps": 40, "batch_size": 32, "checkpoint_every": 4, "log_every": 1}}
     whole, cut = small("whole", **changes), small("cut", **changes)
     assert main(["train", str(whole)]) == 0
-    step, taken = loop._Fitter.step, []
+    step, taken = loop.Fitter.step, []
 
     def dying(at):
         def counted(self, progress):
@@ -207,7 +207,7 @@ def test_a_kill_in_the_second_or_third_stage_repeats_nothing_of_those_before(sma
 
     for at in (20, 31, None):  # stages of 19, 2 and 19 steps: in the second, in the third, to the end
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Fitter, "step", dying(at))
+            patch.setattr(loop.Fitter, "step", dying(at))
             assert main(["train", str(cut)]) == (0 if at is None else 130)
     assert taken[:20] == [("sinkhorn_phase", k) for k in range(19)] + [("time_predictor", 0)]
     assert taken[20][0] == "time_predictor"  # after the first death: from the stage's end, not from before it

@@ -1,0 +1,47 @@
+"""For the time of one call: another solver in the transports, and a count of the evaluations that really happen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from gengrad.flows.solvers import SOLVERS
+from gengrad.flows.transports import Transport
+
+
+@contextmanager
+def solved_by(transports: Iterable[Transport], solver: str | None) -> Iterator[None]:
+    """Another solver, where a transport has one; ``ValueError`` for one that is not known."""
+    if solver is not None and solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+    chosen = [t for t in transports if solver is not None and hasattr(t, "solver")]
+    before = [t.solver for t in chosen]
+    for transport in chosen:
+        transport.solver = solver
+    try:
+        yield
+    finally:
+        for transport, old in zip(chosen, before):
+            transport.solver = old
+
+
+@contextmanager
+def counting(transports: Iterable[Transport]) -> Iterator[dict[str, int]]:
+    """Evaluations times samples, counted as they happen: of velocities under "", of other networks by their name."""
+    counted = {"": 0}
+
+    def count_as(name: str):
+        def count(module, inputs):
+            counted[name] = counted.get(name, 0) + len(inputs[0])
+
+        return count
+
+    hooks = []
+    for transport in transports:
+        hooks += [net.register_forward_pre_hook(count_as("")) for net in transport.velocity_networks()]
+        hooks += [net.register_forward_pre_hook(count_as(name)) for name, net in transport.other_networks().items()]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()

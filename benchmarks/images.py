@@ -395,8 +395,14 @@ def precision_table(results: dict) -> str:
     for name, cell in results["precision"].items():
         last = cell["losses"][-max(1, len(cell["losses"]) // 5) :]
         rate = round(cell["images a CPU-second"])
-        rows.append({"precision": name, "steps": cell["steps"], "images a CPU-second": rate,
-                     "mean loss of the last fifth": f"{statistics.mean(last):.4f}"})
+        rows.append(
+            {
+                "precision": name,
+                "steps": cell["steps"],
+                "images a CPU-second": rate,
+                "mean loss of the last fifth": f"{statistics.mean(last):.4f}",
+            }
+        )
     return format_table(rows)
 
 

@@ -27,8 +27,10 @@ from gengrad.molecules.reading import Row, read_molecules
 from gengrad.molecules.scoring import score
 
 WINDOW = {"name": "linear", "low": 0.0, "high": 10.0}
-OBJECTIVE = {"components": [{"scorer": "qed"}, *({"scorer": name, "transform": WINDOW} for name in ("sa", "logp"))],
-             "filters": [{"scorer": "alerts", "at_most": 0}]}
+OBJECTIVE = {
+    "components": [{"scorer": "qed"}, *({"scorer": name, "transform": WINDOW} for name in ("sa", "logp"))],
+    "filters": [{"scorer": "alerts", "at_most": 0}],
+}
 
 
 def cpu_seconds() -> float:
@@ -44,11 +46,20 @@ def measure(part: str, rows: list[Row], processes: int) -> dict:
         found = {"kept": len(prepare(rows, processes=processes).kept)}
     else:
         scores = score(read_objective(OBJECTIVE), [row.text for row in rows], processes)
-        found = {"scored": scores.calls, "passed": int(scores.passed.sum()),
-                 "median_qed": scores.properties[:, 0].nanmedian().item()}
+        found = {
+            "scored": scores.calls,
+            "passed": int(scores.passed.sum()),
+            "median_qed": scores.properties[:, 0].nanmedian().item(),
+        }
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-    return {"n": len(rows), "wall_seconds": wall, "cpu_seconds": cpu, "per_second": len(rows) / wall,
-            "per_cpu_second": len(rows) / cpu, **found}
+    return {
+        "n": len(rows),
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "per_second": len(rows) / wall,
+        "per_cpu_second": len(rows) / cpu,
+        **found,
+    }
 
 
 def main() -> None:
@@ -70,17 +81,22 @@ def main() -> None:
             key = f"{part}/{name}/{given.n}/{processes}"
             if key not in report:
                 if rows is None:
-                    every = read_molecules(given.data).rows if given.data else [
-                        Row(i, str(i), text) for i, text in enumerate(library(given.n), 1)
-                    ]
+                    every = (
+                        read_molecules(given.data).rows
+                        if given.data
+                        else [Row(i, str(i), text) for i, text in enumerate(library(given.n), 1)]
+                    )
                     rows = every[: given.n]
                 load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
                 where = {"load": load, "cpus": cpus, "machine": platform.machine(), "date": date.today().isoformat()}
                 report[key] = {**measure(part, rows, processes), **where, "rdkit": rdkit.__version__}
                 write_json(given.out, report)
             cell = report[key]
-            print(f"| {part} | {name} | {processes} | {cell['n']:,} | {cell['per_second']:,.0f} | "
-                  f"{cell['per_cpu_second']:,.0f} |", flush=True)
+            print(
+                f"| {part} | {name} | {processes} | {cell['n']:,} | {cell['per_second']:,.0f} | "
+                f"{cell['per_cpu_second']:,.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

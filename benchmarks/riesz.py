@@ -200,18 +200,36 @@ def table(results: dict[str, dict]) -> str:
     def mean(group: list[dict], key: str) -> float:
         return statistics.mean(cell[key] for cell in group)
 
-    block("interaction", "| scheme, d | radius error, worst seed | W1 of radii | floor | CPU-s | seeds |", lambda k, g:
-          f"| {k} | {worst(g, 'radius_error'):+.2%} | {mean(g, 'radial_distance'):.4f} | {mean(g, 'floor'):.4f} "
-          f"| {mean(g, 'cpu_seconds'):.0f} | {len(g)} |")
-    block("steps", "| r | dilation error, worst step and seed | CPU-s | seeds |", lambda k, g:
-          f"| {k} | {max((e for c in g for e in c['errors']), key=abs):+.2%} | {mean(g, 'cpu_seconds'):.0f} "
-          f"| {len(g)} |")
+    block(
+        "interaction",
+        "| scheme, d | radius error, worst seed | W1 of radii | floor | CPU-s | seeds |",
+        lambda k, g: (
+            f"| {k} | {worst(g, 'radius_error'):+.2%} | {mean(g, 'radial_distance'):.4f} | {mean(g, 'floor'):.4f} "
+            f"| {mean(g, 'cpu_seconds'):.0f} | {len(g)} |"
+        ),
+    )
+    block(
+        "steps",
+        "| r | dilation error, worst step and seed | CPU-s | seeds |",
+        lambda k, g: (
+            f"| {k} | {max((e for c in g for e in c['errors']), key=abs):+.2%} | {mean(g, 'cpu_seconds'):.0f} "
+            f"| {len(g)} |"
+        ),
+    )
     block("line", "| target | error of the quantiles |", lambda k, g: f"| {k} | {worst(g, 'error'):.2%} |")
-    block("velocity", "| route, d | CPU-ms | MB | relative error |", lambda k, g:
-          f"| {k} | {1e3 * mean(g, 'seconds'):.0f} | {mean(g, 'memory_mb'):.0f} | {mean(g, 'error'):.1e} |")
-    block("pictures", "| config | learned | particles, same time | particles, same CPU | floor | CPU-s | seeds |",
-          lambda k, g: f"| {k} | {mean(g, 'learned'):.5f} | {mean(g, 'particles_same_time'):.5f} "
-          f"| {mean(g, 'particles_same_cpu'):.5f} | {mean(g, 'floor'):.5f} | {mean(g, 'cpu_seconds'):.0f} | {len(g)} |")
+    block(
+        "velocity",
+        "| route, d | CPU-ms | MB | relative error |",
+        lambda k, g: f"| {k} | {1e3 * mean(g, 'seconds'):.0f} | {mean(g, 'memory_mb'):.0f} | {mean(g, 'error'):.1e} |",
+    )
+    block(
+        "pictures",
+        "| config | learned | particles, same time | particles, same CPU | floor | CPU-s | seeds |",
+        lambda k, g: (
+            f"| {k} | {mean(g, 'learned'):.5f} | {mean(g, 'particles_same_time'):.5f} "
+            f"| {mean(g, 'particles_same_cpu'):.5f} | {mean(g, 'floor'):.5f} | {mean(g, 'cpu_seconds'):.0f} | {len(g)} |"
+        ),
+    )
     return "\n".join(lines).strip()
 
 

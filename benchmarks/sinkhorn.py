@@ -45,9 +45,7 @@ from gengrad.ot.sinkhorn_fused import symmetric_product  # noqa: E402
 CAP = 20.0  # seconds per evaluation; a peer beyond it counts as the cap
 DIMENSIONS, STRENGTHS, ERRORS = (2, 64, 784, 3072), (0.05, 0.5), (0.05, 0.01)
 FLOWS = [(256, d, f) for d in (2, 64, 784) for f in STRENGTHS] + [(1024, 2, 0.05), (1024, 64, 0.05)]
-BATCHES = [(256, d, f) for d in DIMENSIONS for f in STRENGTHS] + [
-    (1024, d, f) for d in (2, 64) for f in STRENGTHS
-]
+BATCHES = [(256, d, f) for d in DIMENSIONS for f in STRENGTHS] + [(1024, d, f) for d in (2, 64) for f in STRENGTHS]
 BATCH, STEPS, STEP = 16, 20, 0.2
 ROOF = "products alone"
 
@@ -65,14 +63,7 @@ def clouds(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
             torch.rand(n, generator=g) < 0.5,
         )
         first = torch.where(half, angle.cos(), 1 - angle.cos())
-        x = (
-            3
-            * (
-                torch.stack([first, torch.where(half, angle.sin(), 0.5 - angle.sin())], 1)
-                + 0.05 * normal(n, 2)
-            )
-            - 1
-        )
+        x = 3 * (torch.stack([first, torch.where(half, angle.sin(), 0.5 - angle.sin())], 1) + 0.05 * normal(n, 2)) - 1
         mode = torch.randint(8, (n,), generator=g) * (math.pi / 4)
         return x, 5 * torch.stack([mode.cos(), mode.sin()], 1).double() + 0.3 * normal(n, 2)
     x = normal(n, d)
@@ -106,9 +97,7 @@ def cached(name: str, make):
 def reference(x, y, epsilon, warm=None):
     """The float64 velocity, and the result to go on from."""
     for tol in (1e-5, 1e-6, 1e-7):
-        r = ot.sinkhorn_velocity(
-            x, y, epsilon=epsilon, tol=tol, max_iter=4000, warm_start=warm, skip_self_mass=2.0
-        )
+        r = ot.sinkhorn_velocity(x, y, epsilon=epsilon, tol=tol, max_iter=4000, warm_start=warm, skip_self_mass=2.0)
         warm = r
         if float(r.marginal_error) <= 1e-6:
             return r.velocity, r
@@ -205,9 +194,7 @@ def measure(solvers, problem, found, rounds):
         for name, (_, variant, setting, _) in found.items():
             total, warm = 0.0, None
             if len(states) == 1:
-                solvers[name].velocity(
-                    states[0][0], y, epsilon, variant, setting
-                )  # bring its code and data in
+                solvers[name].velocity(states[0][0], y, epsilon, variant, setting)  # bring its code and data in
             for x, _ in states:
                 (_, warm), seconds = timed(
                     lambda: solvers[name].velocity(x, y, epsilon, variant, setting, warm)  # noqa: B023
@@ -335,9 +322,7 @@ def table(cells: dict, names: list[str]) -> str:
         fastest = min((ms[k] for k in peers if ms.get(k)), default=None)
         ratio = fastest / ms["gengrad"] if fastest and ms.get("gengrad") else None
         geom = ms.get("geomloss") or (CAP * 1e3 if "geomloss" in row else None)
-        ratios.append(
-            (kind, int(d), float(f), ratio, geom / ms["gengrad"] if geom and ms.get("gengrad") else None)
-        )
+        ratios.append((kind, int(d), float(f), ratio, geom / ms["gengrad"] if geom and ms.get("gengrad") else None))
         lines.append(
             f"| {kind} | {n} | {d} | {f} | {float(e):.0%} | {' | '.join(shown)} "
             f"| {'' if ratio is None else f'{ratio:.2f}'} |"

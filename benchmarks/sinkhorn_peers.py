@@ -35,9 +35,7 @@ class Geomloss:
         ]
 
     def velocity(self, x, y, epsilon, variant, setting, warm=None):
-        loss = self.loss(
-            "sinkhorn", p=2, blur=epsilon**0.5, scaling=1 - setting, debias=False, backend="tensorized"
-        )
+        loss = self.loss("sinkhorn", p=2, blur=epsilon**0.5, scaling=1 - setting, debias=False, backend="tensorized")
         x = x.detach().requires_grad_()
         total = (loss(x, x.detach()) - loss(x, y)).sum()
         return torch.autograd.grad(total, x)[0] * x.shape[-2], None
@@ -67,9 +65,7 @@ class Pot:
         x, y = x.astype(kind), y.astype(kind)
         cost = self.ot.dist(x, y)
         a, b = np.full(len(x), 1 / len(x), kind), np.full(len(y), 1 / len(y), kind)
-        method = {"plain": "sinkhorn", "log": "sinkhorn_log", "stabilized": "sinkhorn_stabilized"}[
-            variant.split()[0]
-        ]
+        method = {"plain": "sinkhorn", "log": "sinkhorn_log", "stabilized": "sinkhorn_stabilized"}[variant.split()[0]]
         plan, log = self.ot.sinkhorn(
             a,
             b,
@@ -172,9 +168,7 @@ class Ott:
 
     def velocity(self, x, y, epsilon, variant, setting, warm=None):
         if warm is not None and "0." in variant:
-            variant = " ".join(
-                w for w in variant.split() if not w.startswith("0.")
-            )  # no annealing from a warm start
+            variant = " ".join(w for w in variant.split() if not w.startswith("0."))  # no annealing from a warm start
         f = self.jitted.setdefault(variant, self.jax.jit(self._function(variant)))
         if "kernel" in variant:
             warm = None  # its scalings, not potentials, would be needed
@@ -186,9 +180,7 @@ class Ott:
         function = self._function(variant)
         mapped = self.jax.vmap(lambda p, q, e, t: function(p, q, e, t, None)[0], (0, 0, None, None))
         f = self.jitted.setdefault(variant + " batch", self.jax.jit(mapped))
-        return f(
-            self.jnp.asarray(x.numpy()), self.jnp.asarray(y.numpy()), epsilon, setting
-        ).block_until_ready()
+        return f(self.jnp.asarray(x.numpy()), self.jnp.asarray(y.numpy()), epsilon, setting).block_until_ready()
 
 
 def available() -> tuple[dict, dict, list[str]]:

@@ -90,16 +90,31 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the run's folder, the out=... of its training")
-    parser.add_argument("--n", type=positive, default=None,
-                        help="how many samples (default 64); with several NFE, points per draw (default: the config's)")
-    parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]",
-                        help="network evaluations per sample; several give a table and a plot of quality")
+    parser.add_argument(
+        "--n",
+        type=positive,
+        default=None,
+        help="how many samples (default 64); with several NFE, points per draw (default: the config's)",
+    )
+    parser.add_argument(
+        "--nfe",
+        type=positives,
+        default=None,
+        metavar="K[,K...]",
+        help="network evaluations per sample; several give a table and a plot of quality",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="a .npy, .pt or .png file")
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
     add_choices(parser)
-    parser.add_argument("--trajectory", nargs="?", const="", default=None, metavar="FILE.gif",
-                        help="also a GIF of the samples on their way (default: trajectory.gif in the run's folder)")
+    parser.add_argument(
+        "--trajectory",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="FILE.gif",
+        help="also a GIF of the samples on their way (default: trajectory.gif in the run's folder)",
+    )
     parser.add_argument("--chunk", type=positive, default=4096, help="samples moved at once; changes no sample")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(command=sample)
@@ -108,17 +123,30 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]", help="default: the config's")
-    parser.add_argument("--n", "--samples", type=positive, default=None,  # torchrun keeps --n for itself
-                        help="points or images per draw (default: the config's, 4096)")
+    parser.add_argument(
+        "--n",
+        "--samples",
+        type=positive,
+        default=None,  # torchrun keeps --n for itself
+        help="points or images per draw (default: the config's, 4096)",
+    )
     parser.add_argument("--draws", type=positive, default=None, help="independent draws (default: the config's, 3)")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     images = parser.add_argument_group("images")
-    images.add_argument("--features", choices=("inception", "classifier", "identity"), default=None,
-                        help="inception: FID (default); classifier: a small one trained on the data; identity: pixels")
-    images.add_argument("--reference", choices=("train", "held_out"), default=None,
-                        help="what samples are compared with (default: train for inception, else held_out)")
+    images.add_argument(
+        "--features",
+        choices=("inception", "classifier", "identity"),
+        default=None,
+        help="inception: FID (default); classifier: a small one trained on the data; identity: pixels",
+    )
+    images.add_argument(
+        "--reference",
+        choices=("train", "held_out"),
+        default=None,
+        help="what samples are compared with (default: train for inception, else held_out)",
+    )
     images.add_argument("--inception", type=Path, default=None, metavar="FILE", help="Inception's weights")
     images.add_argument("--keep-samples", action="store_true", help="leave the samples in RUN/samples")
     images.add_argument("--guidance", type=float, default=1.0, metavar="W")
@@ -128,8 +156,13 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 def add_choices(parser: argparse.ArgumentParser) -> None:
     """What flows with classes or phases let one choose at sampling time."""
     parser.add_argument("--class", dest="label", type=int, default=None, metavar="C", help="samples of this class only")
-    parser.add_argument("--guidance", type=float, default=1.0, metavar="W",
-                        help="pull towards the class (1: none); other values take two evaluations for each one")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="pull towards the class (1: none); other values take two evaluations for each one",
+    )
     parser.add_argument("--phase-1", type=int, default=None, metavar="K", help="evaluations of the Sinkhorn phase")
     parser.add_argument("--tau", type=float, default=None, help="start of the straight phase (default: predicted)")
 
@@ -241,12 +274,21 @@ def evaluate(given) -> int:
     if flow.is_image:
         asked = {key: getattr(given, key) for key in ("reference", "inception", "guidance", "solver")}
         report = sampling.judge_images(
-            flow, target, nfes, folder=Path(given.run) / "samples", features=given.features or "inception",
-            keep=given.keep_samples, ranks=_processes(), **asked, **chosen,
+            flow,
+            target,
+            nfes,
+            folder=Path(given.run) / "samples",
+            features=given.features or "inception",
+            keep=given.keep_samples,
+            ranks=_processes(),
+            **asked,
+            **chosen,
         )
     elif given.features or given.reference or given.inception or given.keep_samples:
-        raise ValueError("--features, --reference, --inception and --keep-samples are for images; this run's data are "
-                         "points, which are judged as they are")
+        raise ValueError(
+            "--features, --reference, --inception and --keep-samples are for images; this run's data are "
+            "points, which are judged as they are"
+        )
     else:
         report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
     if not report:  # the first process has it

@@ -17,10 +17,19 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
 
     clean = commands.add_parser("prepare", help="standardise a file; every row that is not kept gets its reason")
     _add_file(clean, positive)
-    clean.add_argument("--out", type=Path, required=True, metavar="FOLDER",
-                       help="molecules.csv, rejected.csv and prepare.json go there")
-    for what, said in (("stereo", "stereochemistry"), ("isotopes", "isotope labels"), ("charges", "charges"),
-                       ("salts", "all fragments")):
+    clean.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="molecules.csv, rejected.csv and prepare.json go there",
+    )
+    for what, said in (
+        ("stereo", "stereochemistry"),
+        ("isotopes", "isotope labels"),
+        ("charges", "charges"),
+        ("salts", "all fragments"),
+    ):
         clean.add_argument(f"--keep-{what}", action="store_true", help=f"keep {said}")
     clean.add_argument("--max-atoms", type=positive, default=100, help="heavy atoms (default 100)")
     clean.set_defaults(command=prepare)
@@ -35,8 +44,12 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
 def _add_file(parser: argparse.ArgumentParser, positive) -> None:
     parser.add_argument("file", help=".smi, .csv, .tsv, .txt or .sdf, also .gz, .xz, .bz2")
     parser.add_argument("--column", default=None, help="the SMILES column of a table (default: a usual name)")
-    parser.add_argument("--processes", type=positive, default=len(os.sched_getaffinity(0)),
-                        help="worker processes (default: the CPUs of this process); changes no result")
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        help="worker processes (default: the CPUs of this process); changes no result",
+    )
     parser.add_argument("--timeout", type=positive, default=10, metavar="SECONDS", help="for one molecule (default 10)")
 
 
@@ -58,8 +71,14 @@ def prepare(given) -> int:
     from gengrad.molecules.standard import Standard
 
     kept = {what: getattr(given, f"keep_{what}") for what in ("stereo", "isotopes", "charges", "salts")}
-    found = prepare_file(given.file, given.out, column=given.column, processes=given.processes, timeout=given.timeout,
-                         settings=Standard(max_atoms=given.max_atoms, **kept))
+    found = prepare_file(
+        given.file,
+        given.out,
+        column=given.column,
+        processes=given.processes,
+        timeout=given.timeout,
+        settings=Standard(max_atoms=given.max_atoms, **kept),
+    )
     print(f"{found['kept']:,} molecules of {found['rows']:,} rows, {found['rejected']:,} rejected")
     for reason, count in [*found["reasons"].items()][:10]:
         print(f"  {count:8,} {reason}")
@@ -77,8 +96,9 @@ def score(given) -> int:
 
     writable(given.out, (".csv",))
     objective = load_objective(given.objective)
-    found = score_file(given.file, objective, given.out, column=given.column, processes=given.processes,
-                       timeout=given.timeout)
+    found = score_file(
+        given.file, objective, given.out, column=given.column, processes=given.processes, timeout=given.timeout
+    )
     print(f"{found['rows']:,} rows, {found['valid']:,} valid, {found['calls']:,} scored, {found['passed']:,} pass")
     for label, median in found["median"].items():
         missing = found["without_value"][label]

@@ -152,8 +152,12 @@ def _fitting_network(network: str, method: str, problems: list) -> None:
     learns = {name: getattr(NETWORKS.get(name), "learns", "velocity") for name in NETWORKS}
     if wanted not in ("nothing", learns[network]):
         fitting = ", ".join(name for name in learns if learns[name] == wanted)
-        problems.append(("network.name", f"{network!r} is a {learns[network]}, method {method!r} learns a {wanted}; "
-                                         f"take one of: {fitting}"))
+        problems.append(
+            (
+                "network.name",
+                f"{network!r} is a {learns[network]}, method {method!r} learns a {wanted}; take one of: {fitting}",
+            )
+        )
 
 
 def _origin(key: str, origins: dict[str, str], where: str) -> str:
@@ -169,8 +173,14 @@ def _named(section: str, raw: object, registry: Registry, default: str | None, p
     if isinstance(raw, str):
         raw = {"name": raw}  # `data: moons` is short for `data: {name: moons}`
     if not isinstance(raw, dict):
-        problems.append((section, f"missing; give a name, one of: {', '.join(registry)}" if raw is None else
-                         f"expected a mapping with a name, found {raw!r}"))
+        problems.append(
+            (
+                section,
+                f"missing; give a name, one of: {', '.join(registry)}"
+                if raw is None
+                else f"expected a mapping with a name, found {raw!r}",
+            )
+        )
         return None
     if raw.get("name") is None and default:
         raw = {"name": default, **{k: v for k, v in raw.items() if k != "name"}}

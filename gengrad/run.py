@@ -336,4 +336,3 @@ def _farewell(
     nfe = config.evaluate.nfe[0]
     tracker.say(f"to sample:   python sample.py {shlex.quote(out)} --n {n} --nfe {nfe} --seed 0 --out samples.{suffix}")
     tracker.say(f"to evaluate: gengrad evaluate {shlex.quote(out)}")
-

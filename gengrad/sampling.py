@@ -194,11 +194,15 @@ def _image_reference(
     floor = None
     if len(rows) > 1:
         floor = image_scores(reference_statistics(as_bytes(parts[other][rows]), extract), truth, extract)
-    return {
-        "reference": f"{truth.n:,} images of {target.name} ({chosen})",
-        "floor": f"{len(rows):,} images of {target.name} ({other})",
-        **extract.describe(),
-    }, truth, floor
+    return (
+        {
+            "reference": f"{truth.n:,} images of {target.name} ({chosen})",
+            "floor": f"{len(rows):,} images of {target.name} ({other})",
+            **extract.describe(),
+        },
+        truth,
+        floor,
+    )
 
 
 def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:

@@ -91,7 +91,8 @@ CASES = {
     "NaN in the data": Case(ARRAY, ["points.npy", "1", "row 7"], {"points.npy": WITH_NAN}),
     "identical points": Case(ARRAY, ["identical"], {"points.npy": np.ones((200, 2), np.float32)}),
     "a batch larger than the data": Case(
-        ARRAY + " train.batch_size=512 method.ot_batch=512", ["train.batch_size=512", "method.ot_batch=512", "180"],
+        ARRAY + " train.batch_size=512 method.ot_batch=512",
+        ["train.batch_size=512", "method.ot_batch=512", "180"],
         {"points.npy": POINTS},
     ),
     "a batch of one": Case("train {config} train.batch_size=1", ["train.batch_size", "2", "found 1"]),
@@ -144,7 +145,8 @@ CASES = {
     ),
     "classes without labels": Case(
         "train {config} data.name=image_array data.path={tmp}/x.npy network.name=unet network.classes=3",
-        ["needs labels"], {"x.npy": np.zeros((80, 8, 8), np.uint8) + np.arange(8, dtype=np.uint8)},
+        ["needs labels"],
+        {"x.npy": np.zeros((80, 8, 8), np.uint8) + np.arange(8, dtype=np.uint8)},
     ),
     "pieces that do not divide the batch": Case("train {config} train.accumulate=5", ["train.accumulate=5", "divide"]),
     "more than five Sinkhorn steps": Case(

@@ -30,8 +30,19 @@ def test_the_gpu_benchmark_runs_in_pieces_on_a_small_subset(tmp_path, monkeypatc
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(120) % 10)
-    command = ["--data", str(tmp_path / "images.npz"), "--tiny", "--n", "20", "--nfe", "1,2", "--features", "identity",
-               "--out", str(tmp_path / "out")]
+    command = [
+        "--data",
+        str(tmp_path / "images.npz"),
+        "--tiny",
+        "--n",
+        "20",
+        "--nfe",
+        "1,2",
+        "--features",
+        "identity",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     judged = module.judge
     monkeypatch.setattr(module, "judge", lambda *given: (_ for _ in ()).throw(module.PieceOver))
     assert module.main(command) == 75
@@ -80,9 +91,25 @@ def test_the_image_benchmark_writes_its_tables_and_computes_nothing_twice(tmp_pa
     from gengrad.evaluation import classifier
 
     monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
-    command = ["--quick", "--steps", "3", "--n", "20", "--parts", "methods,phase1", "--out", str(tmp_path / "r.json"),
-               "--runs", str(tmp_path / "runs"), "--pictures", str(tmp_path), "--seeds", "2",
-               "--methods", "nsgf_pp_shared,flow_matching"]
+    command = [
+        "--quick",
+        "--steps",
+        "3",
+        "--n",
+        "20",
+        "--parts",
+        "methods,phase1",
+        "--out",
+        str(tmp_path / "r.json"),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--pictures",
+        str(tmp_path),
+        "--seeds",
+        "2",
+        "--methods",
+        "nsgf_pp_shared,flow_matching",
+    ]
     module.main(command)
     first = capsys.readouterr().out
     assert "flow matching" in first and "NSGF++, shared network" in first and "effective_neighbours" in first
@@ -110,8 +137,21 @@ def test_processes_of_the_image_benchmark_share_one_json(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(module, "judge", judged)
     monkeypatch.setattr(module, "train", lambda config: {**found, "config": config.digest()})
-    command = ["--quick", "--parts", "methods", "--out", str(tmp_path / "r.json"), "--runs", str(tmp_path / "runs"),
-               "--pictures", str(tmp_path), "--seeds", "2", "--methods", "flow_matching"]
+    command = [
+        "--quick",
+        "--parts",
+        "methods",
+        "--out",
+        str(tmp_path / "r.json"),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--pictures",
+        str(tmp_path),
+        "--seeds",
+        "2",
+        "--methods",
+        "flow_matching",
+    ]
     monkeypatch.setattr(module.plotting, "side_by_side", lambda grids: None)
     monkeypatch.setattr(module.plotting, "save", lambda figure, place: None)
     module.main(command)

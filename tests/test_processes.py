@@ -50,9 +50,7 @@ def test_the_gradient_of_a_potential_inside_its_forward_is_that_of_one_process(s
     assert main(["train", str(one)]) == 0
     result = train_on_two(str(two))
     assert result.returncode == 0, result.stderr[-2000:]
-    first, second = (
-        [row for row in read_metrics(tmp_path / name) if "grad_norm" in row] for name in ("one", "two")
-    )
+    first, second = ([row for row in read_metrics(tmp_path / name) if "grad_norm" in row] for name in ("one", "two"))
     assert len(first) == len(second) == 20
     # rounding alone: it grows from 1e-7 over 20 steps of Adam
     assert all(abs(x["loss"] - y["loss"]) <= 1e-4 * abs(x["loss"]) for x, y in zip(first, second))

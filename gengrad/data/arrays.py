@@ -33,9 +33,7 @@ def read_array(path: str, key: str | None = None) -> np.ndarray:
     if suffix not in SUFFIXES:
         raise ValueError(f"{path!r} ends in {suffix!r}; array data are read from {', '.join(SUFFIXES)}")
     if key is not None and suffix != ".npz":
-        raise ValueError(
-            f"{path!r}: key {key!r} chooses an array of an .npz; leave it out for {suffix} files"
-        )
+        raise ValueError(f"{path!r}: key {key!r} chooses an array of an .npz; leave it out for {suffix} files")
     if suffix == ".csv":
         return _read_csv(file)
     try:
@@ -188,9 +186,7 @@ class Array(FiniteData):
             raise ValueError(text if c.path in text else f"{c.path!r}: {text}") from None
         count = max(1, round(c.held_out * len(data))) if c.held_out else 0
         if len(data) - count < 1:
-            raise ValueError(
-                f"{c.path!r}: {len(data)} points with held_out {c.held_out} leave none to train on"
-            )
+            raise ValueError(f"{c.path!r}: {len(data)} points with held_out {c.held_out} leave none to train on")
         order = torch.randperm(len(data), generator=generator_for(c.split_seed, "array split"))
         # sorted, so that neighbours in the file stay neighbours in memory
         self.points, self.held_out = data[order[count:].sort().values], data[order[:count].sort().values]
@@ -207,13 +203,9 @@ class Array(FiniteData):
         if 0 in array.shape:
             raise ValueError(f"the array is empty: shape {array.shape}")
         if len(array) < 2:
-            raise ValueError(
-                "the array has a single point; at least 2 are needed, one to train on, one to hold out"
-            )
+            raise ValueError("the array has a single point; at least 2 are needed, one to train on, one to hold out")
         if array.ndim == 2 and self.config.layout is not None:
-            raise ValueError(
-                f"layout is for images, this array of shape {array.shape} has points; leave it out"
-            )
+            raise ValueError(f"layout is for images, this array of shape {array.shape} has points; leave it out")
         if array.ndim > 2 and self.config.normalise:
             raise ValueError("normalise is for points; images are scaled to [-1, 1] already; leave it out")
         return as_points(array) if array.ndim == 2 else as_images(array, self.config.layout)

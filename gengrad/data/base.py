@@ -33,9 +33,7 @@ class Distribution(Configured, ABC):
     # (m, s) where the events are (x - m) / s of what the user gave: mean (*event) and one scale; None: as given
     units: tuple[Tensor, float] | None = None
 
-    def __init__(
-        self, config: Settings | None = None, *, event_shape: tuple[int, ...] | None = None, **settings
-    ):
+    def __init__(self, config: Settings | None = None, *, event_shape: tuple[int, ...] | None = None, **settings):
         super().__init__(config, **settings)
         if self.takes_event_shape and event_shape is not None:
             self.event_shape = tuple(int(size) for size in event_shape)

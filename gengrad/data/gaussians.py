@@ -71,9 +71,7 @@ def _square(rows: Matrix, dimension: int, what: str) -> Tensor:
     """``rows`` as a (d, d) float64 tensor, or ``ValueError``."""
     if len(rows) != dimension or any(len(row) != dimension for row in rows):
         lengths = sorted({len(row) for row in rows})
-        raise ValueError(
-            f"{what} must be {dimension} x {dimension}, not {len(rows)} rows of length {lengths}"
-        )
+        raise ValueError(f"{what} must be {dimension} x {dimension}, not {len(rows)} rows of length {lengths}")
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -171,5 +171,3 @@ def image_scores(samples: Statistics, reference: Statistics, extract: Extractor)
         "recall": recall,
     }
     return {name: value for name, value in found.items() if value is not None}
-
-

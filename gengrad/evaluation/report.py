@@ -71,10 +71,14 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     widths = [max(3, *map(len, column)) for column in zip(columns, *cells)]
 
     def line(entries: Sequence[str]) -> str:
-        return "| " + " | ".join(
-            entry.rjust(width) if to_right else entry.ljust(width)
-            for entry, width, to_right in zip(entries, widths, right)
-        ) + " |"
+        return (
+            "| "
+            + " | ".join(
+                entry.rjust(width) if to_right else entry.ljust(width)
+                for entry, width, to_right in zip(entries, widths, right)
+            )
+            + " |"
+        )
 
     rule = ["-" * (width - 1) + (":" if to_right else "-") for width, to_right in zip(widths, right)]
     return "\n".join(line(entries) for entries in [columns, rule, *cells])

@@ -206,9 +206,7 @@ class Flow(nn.Module):
         shares = [nfe // count + (k < nfe % count) for k in range(count)]
         return [transport.cost(share) for transport, share in zip(self.transports, shares)]
 
-    def _push(
-        self, start: int, stop: int, seed: int, budget: list[int | None], condition: Condition | None
-    ) -> Tensor:
+    def _push(self, start: int, stop: int, seed: int, budget: list[int | None], condition: Condition | None) -> Tensor:
         given = {} if condition is None else {"condition": condition}
         with torch.inference_mode():
             x = draw(self.source, start, stop, seed, "source").to(self.device)

@@ -72,8 +72,12 @@ def _interpolate(x: Tensor, knots: Tensor, images: Tensor) -> Tensor:
 
 
 def reweighting(
-    log_density: Callable[[Tensor], Tensor], log_weight: Callable[[Tensor], Tensor], low: float, high: float,
-    knots: int = 4001, record: dict | None = None,
+    log_density: Callable[[Tensor], Tensor],
+    log_weight: Callable[[Tensor], Tensor],
+    low: float,
+    high: float,
+    knots: int = 4001,
+    record: dict | None = None,
 ) -> tuple[MonotoneTransport, float]:
     """(T, log Z): the optimal map from rho to rho w / Z on the line, by their distribution functions on a grid.
 

@@ -50,7 +50,6 @@ class SinkhornDivergence(Functional):
         memory["log"] = sinkhorn_log(result)
         return result.velocity.view_as(x)
 
-
     def field(self, x: Tensor) -> VelocityField:
         """The two barycentric maps at any point, by the solved problem's potentials (Pooladian, Niles-Weed 2021)."""
         x, target, c = x.flatten(1), self.target.to(x), self.config

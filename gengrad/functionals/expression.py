@@ -1,8 +1,8 @@
 """Functionals as the YAML writes them: a name, a mapping, or a list of these that are added with weights.
 
-    functional: entropy
-    functional: {name: kl}
-    functional: [{name: potential, potential: {name: quadratic}}, {name: entropy, weight: 0.5}]
+functional: entropy
+functional: {name: kl}
+functional: [{name: potential, potential: {name: quadratic}}, {name: entropy, weight: 0.5}]
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from gengrad.registry import FUNCTIONALS, Settings
 BLOCK = 2**15  # pairs held at once
 COINCIDENT = 1e-3  # share of pairs that may coincide by rounding, where W is singular
 
+
 @FUNCTIONALS.register("interaction")
 class InteractionEnergy(Functional):
     """F(mu) = 1/2 E W(x - x') with an even W, (..., d) -> (...), over all pairs.

@@ -228,8 +228,11 @@ class JKOStage(Stage):
         return GradientTransport(network, self.record)
 
     def summary(self) -> dict[str, float]:
-        return {key: float(self.record[key]) for key in ("time", "energy", "move", "residual", "trained")
-                if self.record.get(key) is not None}
+        return {
+            key: float(self.record[key])
+            for key in ("time", "energy", "move", "residual", "trained")
+            if self.record.get(key) is not None
+        }
 
     @torch.no_grad()
     def _solve_affine(self, network: nn.Module) -> None:

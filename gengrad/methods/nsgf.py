@@ -106,8 +106,10 @@ class NSGF(Method):
     def refusals(self, classes: int | None) -> list[str]:
         c = self.config
         if classes and (c.ot_scope == "rows" or c.target_batch not in (None, c.ot_batch)):
-            return ["particles take the classes of the targets one to one where the network takes classes: leave out "
-                    "method.target_batch, and method.ot_scope=rows"]
+            return [
+                "particles take the classes of the targets one to one where the network takes classes: leave out "
+                "method.target_batch, and method.ot_scope=rows"
+            ]
         return []
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
@@ -214,9 +216,7 @@ class SinkhornStage(Stage):
         self._logs = together(logs)
         return states, labels
 
-    def _take(
-        self, stream: Stream, number: int, size: int, rank: int, world: int, labels: bool = False
-    ) -> Tensor:
+    def _take(self, stream: Stream, number: int, size: int, rank: int, world: int, labels: bool = False) -> Tensor:
         """A process's share of batch ``number`` of a stream cut into batches of ``size``, or the labels of it."""
         rows = Part(0, size, rank, world).rows()
         take = stream.labels if labels else stream.take

@@ -57,8 +57,11 @@ def describe(smiles: Sequence[str], properties: Sequence[str] = ("qed", "sa", "l
     columns = torch.tensor(values, dtype=torch.float64).reshape(len(values), len(scorers)).T
     fingerprints = torch.stack(bits) if bits else torch.empty(0, 2048, dtype=torch.uint8)
     return Described(
-        torch.tensor(valid, dtype=torch.bool), torch.tensor(molecules, dtype=torch.long),
-        torch.tensor(scaffolds, dtype=torch.long), fingerprints.to(torch.uint8), dict(zip(scorers, columns)),
+        torch.tensor(valid, dtype=torch.bool),
+        torch.tensor(molecules, dtype=torch.long),
+        torch.tensor(scaffolds, dtype=torch.long),
+        fingerprints.to(torch.uint8),
+        dict(zip(scorers, columns)),
     )
 
 
@@ -225,8 +228,10 @@ class PropertyMetric(MoleculeMetric):
     def field(self, described):
         known = described.properties
         if self.config.property not in known:
-            raise ValueError(f"metric {self.name!r}: {self.config.property!r} was not described; there are "
-                             f"{', '.join(known)}. Name it: describe(smiles, properties=[...])")
+            raise ValueError(
+                f"metric {self.name!r}: {self.config.property!r} was not described; there are "
+                f"{', '.join(known)}. Name it: describe(smiles, properties=[...])"
+            )
         return known[self.config.property]
 
 

@@ -164,8 +164,12 @@ def read_objective(raw: dict, where: str = "the objective") -> Objective:
             parts.append((scorer, transform))
             if transform and scorer and transform.name == "identity" and not scorer.unit_interval:
                 wanted = ", ".join(name for name in TRANSFORMS if name != "identity")
-                problems.append((f"{section}.{i}.transform", f"the values of {scorer.name!r} do not lie in [0, 1]: "
-                                                             f"give a transform, one of: {wanted}"))
+                problems.append(
+                    (
+                        f"{section}.{i}.transform",
+                        f"the values of {scorer.name!r} do not lie in [0, 1]: give a transform, one of: {wanted}",
+                    )
+                )
     if problems:
         count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         lines = [f"  {key}: {text}" for key, text in problems]

@@ -64,8 +64,13 @@ def prepare(
 
 
 def prepare_file(
-    path: str | Path, out: str | Path, *, column: str | None = None, settings: Standard | None = None,
-    processes: int = 1, timeout: float = 10.0,
+    path: str | Path,
+    out: str | Path,
+    *,
+    column: str | None = None,
+    settings: Standard | None = None,
+    processes: int = 1,
+    timeout: float = 10.0,
 ) -> dict:
     """Writes molecules.csv, rejected.csv and prepare.json into the folder ``out``; returns what prepare.json holds.
 
@@ -76,19 +81,29 @@ def prepare_file(
     out.mkdir(parents=True, exist_ok=True)  # refused now, if it is, and not after the work
     found = prepare(contents.rows, settings, processes, timeout)
     summary = {
-        "input": str(path), "sha256": sha256_of(path), "encoding": contents.encoding, "column": contents.column,
-        "delimiter": contents.delimiter, "rows": len(contents.rows), "kept": len(found.kept),
-        "rejected": len(found.rejected), "reasons": found.reasons(),
+        "input": str(path),
+        "sha256": sha256_of(path),
+        "encoding": contents.encoding,
+        "column": contents.column,
+        "delimiter": contents.delimiter,
+        "rows": len(contents.rows),
+        "kept": len(found.kept),
+        "rejected": len(found.rejected),
+        "reasons": found.reasons(),
         "changes": dict(Counter(change for _, _, changes in found.kept for change in changes).most_common()),
-        "settings": settings.model_dump(), "gengrad": gengrad.__version__, "rdkit": rdkit.__version__,
+        "settings": settings.model_dump(),
+        "gengrad": gengrad.__version__,
+        "rdkit": rdkit.__version__,
     }
     kept = ((row.name, row.number, smiles, row.shown, "; ".join(changes)) for row, smiles, changes in found.kept)
     rejected = ((row.number, row.name, row.shown, reason) for row, reason in found.rejected)
     write_atomically(out / "rejected.csv", table(REJECTED, rejected))
     if not found.kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in list(found.reasons().items())[:5])
-        raise ValueError(f"{path}: no molecule is left of {len(contents.rows)} rows ({reasons or 'there were none'}). "
-                         f"Each row and its reason: {out / 'rejected.csv'}")
+        raise ValueError(
+            f"{path}: no molecule is left of {len(contents.rows)} rows ({reasons or 'there were none'}). "
+            f"Each row and its reason: {out / 'rejected.csv'}"
+        )
     write_atomically(out / "molecules.csv", table(KEPT, kept))
     write_json(out / "prepare.json", summary)
     return summary

@@ -14,8 +14,11 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from gengrad.registry import SCORERS, Configured
 
 # mean and standard deviation over ZINC250k of logP, -SA and the ring penalty (Kusner et al. 2017, with Jin et al. 2018)
-ZINC = ((2.4570953396190123, 1.434324401111988), (-3.0525811293166134, 0.8335207024513095),
-        (-0.0485696876403053, 0.2860212110245455))
+ZINC = (
+    (2.4570953396190123, 1.434324401111988),
+    (-3.0525811293166134, 0.8335207024513095),
+    (-0.0485696876403053, 0.2860212110245455),
+)
 
 
 class Scorer(Configured):
@@ -76,8 +79,10 @@ def _sascorer():
     try:
         from rdkit.Contrib.SA_Score import sascorer
     except ImportError as error:
-        raise ValueError(f"scorer 'sa' needs rdkit.Contrib.SA_Score, which this RDKit lacks ({error}). "
-                         "RDKit's wheels on PyPI have it: pip install rdkit") from None
+        raise ValueError(
+            f"scorer 'sa' needs rdkit.Contrib.SA_Score, which this RDKit lacks ({error}). "
+            "RDKit's wheels on PyPI have it: pip install rdkit"
+        ) from None
     return sascorer
 
 
@@ -86,8 +91,10 @@ def _npscorer():
     try:
         from rdkit.Contrib.NP_Score import npscorer
     except ImportError as error:
-        raise ValueError(f"scorer 'np' needs rdkit.Contrib.NP_Score, which this RDKit lacks ({error}). "
-                         "RDKit's wheels on PyPI have it: pip install rdkit") from None
+        raise ValueError(
+            f"scorer 'np' needs rdkit.Contrib.NP_Score, which this RDKit lacks ({error}). "
+            "RDKit's wheels on PyPI have it: pip install rdkit"
+        ) from None
     return npscorer, npscorer.readNPModel()
 
 

@@ -14,8 +14,17 @@ from pathlib import Path
 
 SMILES_COLUMNS = ("smiles", "canonical_smiles", "isomeric_smiles", "structure")  # in any case, the first one found
 NAME_COLUMNS = ("id", "name", "title", "zinc_id", "chembl_id", "molecule_id", "compound_id")
-ENDINGS = {".smi": "list", ".smiles": "list", ".txt": "list", ".ism": "list",
-           ".csv": "table", ".tsv": "table", ".tab": "table", ".sdf": "sdf", ".sd": "sdf"}
+ENDINGS = {
+    ".smi": "list",
+    ".smiles": "list",
+    ".txt": "list",
+    ".ism": "list",
+    ".csv": "table",
+    ".tsv": "table",
+    ".tab": "table",
+    ".sdf": "sdf",
+    ".sd": "sdf",
+}
 DELIMITERS = ",;\t|"
 UNPACK = {b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ": lzma.decompress, b"BZh": bz2.decompress}
 PACKED = (".gz", ".xz", ".bz2")
@@ -141,8 +150,10 @@ def _table(text: str, encoding: str, path: Path, column: str | None) -> Contents
     if not fitting:
         best = max(tries.values(), key=len)
         wanted = f"no column {column!r}" if column else f"no SMILES column (looked for {', '.join(SMILES_COLUMNS)})"
-        raise ValueError(f"{path}: {wanted}. Its first line has: {', '.join(best)}. Name the column with --column, "
-                         "or call a list without a header .smi")
+        raise ValueError(
+            f"{path}: {wanted}. Its first line has: {', '.join(best)}. Name the column with --column, "
+            "or call a list without a header .smi"
+        )
     mark = max(fitting, key=lambda mark: len(tries[mark]))  # ties: the first of them, a table of one column has any
     place = found[mark]
     names = [name.lower() for name in tries[mark]]
@@ -158,8 +169,10 @@ def _table(text: str, encoding: str, path: Path, column: str | None) -> Contents
             name = fields[named].strip() if named is not None and named < len(fields) else ""
             rows.append(Row(number, name or str(number), value))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {start}: {error}. A quotation mark that is opened and not closed hides the "
-                         "rows after it: close or remove it.") from None
+        raise ValueError(
+            f"{path}, line {start}: {error}. A quotation mark that is opened and not closed hides the "
+            "rows after it: close or remove it."
+        ) from None
     return Contents(rows, encoding, tries[mark][place], mark)
 
 

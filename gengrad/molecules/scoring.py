@@ -55,8 +55,16 @@ def score(objective: Objective, smiles: Sequence[str], processes: int = 1, timeo
         _limit_scaffolds(objective.settings.per_scaffold, total, passed, scaffolds, notes)
     place = {text: i for i, text in enumerate(unique)}
     at = torch.tensor([place[text] for text in smiles], dtype=torch.long)
-    return Scores(properties[at], s[at], total[at], held[at], passed[at], [scaffolds[i] for i in at.tolist()],
-                  ["; ".join(notes[i]) for i in at.tolist()], len(unique))
+    return Scores(
+        properties[at],
+        s[at],
+        total[at],
+        held[at],
+        passed[at],
+        [scaffolds[i] for i in at.tolist()],
+        ["; ".join(notes[i]) for i in at.tolist()],
+        len(unique),
+    )
 
 
 def raw_scores(
@@ -96,7 +104,12 @@ def _limit_scaffolds(most: int, total: Tensor, passed: Tensor, scaffolds: list[s
 
 
 def score_file(
-    path: str | Path, objective: Objective, out: str | Path, *, column: str | None = None, processes: int = 1,
+    path: str | Path,
+    objective: Objective,
+    out: str | Path,
+    *,
+    column: str | None = None,
+    processes: int = 1,
     timeout: float = 10.0,
 ) -> dict:
     """Writes the table ``out``, one line per row of the file and in its order; returns a summary.
@@ -120,9 +133,16 @@ def score_file(
     s = {c.label: scores.desirabilities[:, i].nanmean().item() for i, c in enumerate(objective.components)}
     medians = {label: values.nanmedian().item() for label, values in zip(objective.labels, scores.properties.T)}
     refused = {str(f): int((~scores.held[:, i]).sum()) for i, f in enumerate(objective.filters)}
-    return {"rows": len(rows), "valid": len(good), "calls": scores.calls, "passed": int(scores.passed.sum()),
-            "median": medians, "mean_desirability": s, "refused": refused,
-            "without_value": {k: int(v.isnan().sum()) for k, v in zip(objective.labels, scores.properties.T)}}
+    return {
+        "rows": len(rows),
+        "valid": len(good),
+        "calls": scores.calls,
+        "passed": int(scores.passed.sum()),
+        "median": medians,
+        "mean_desirability": s,
+        "refused": refused,
+        "without_value": {k: int(v.isnan().sum()) for k, v in zip(objective.labels, scores.properties.T)},
+    }
 
 
 def _lines(rows: list[Row], results: list, place: dict[int, int], scores: Scores):

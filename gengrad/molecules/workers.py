@@ -38,8 +38,13 @@ class Child:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         try:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment,
-                start_new_session=True, bufsize=0,
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                env=environment,
+                start_new_session=True,
+                bufsize=0,
             )
         except OSError as error:
             self.errors.close()

@@ -17,16 +17,12 @@ def _solve(x: Tensor, y: Tensor, a, b, max_iter: int) -> tuple[np.ndarray, float
     import ot  # imported here: it takes a second, and nothing else of gengrad.ot needs it
 
     if x.ndim != 2 or y.ndim != 2:
-        raise ValueError(
-            f"exact: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; allowed are (n, d) and (m, d)."
-        )
+        raise ValueError(f"exact: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; allowed are (n, d) and (m, d).")
     p = read_problem(x.detach().cpu().double(), y.detach().cpu().double(), a=a, b=b)
     cost = torch.cdist(p.x[0], p.y[0]).square().numpy()
     plan, log = ot.emd(p.a[0].numpy(), p.b[0].numpy(), cost, numItermax=max_iter, log=True)
     if log["warning"] is not None:
-        raise RuntimeError(
-            f"exact: the network simplex stopped early ({log['warning']}); raise max_iter={max_iter}."
-        )
+        raise RuntimeError(f"exact: the network simplex stopped early ({log['warning']}); raise max_iter={max_iter}.")
     return plan, float(log["cost"]), p.a
 
 

@@ -38,9 +38,7 @@ def gaussian_w2(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) ->
     return torch.sqrt(((mean_x - mean_y).square().sum(-1) + trace).clamp_min(0.0))
 
 
-def gaussian_entropic_cost(
-    mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, epsilon: float
-) -> Tensor:
+def gaussian_entropic_cost(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, epsilon: float) -> Tensor:
     """OT_eps between Gaussians: min E |x - y|^2 / 2 + eps KL(P | N_x x N_y).
 
     Janati, Muzellec, Peyre, Cuturi 2020 (arXiv 2006.02572), theorem 1, whose cost is |x - y|^2 and whose strength is

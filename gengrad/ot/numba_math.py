@@ -44,9 +44,7 @@ def largest(context, p, q):
     def generate(context, builder, signature, args):
         single = ir.FloatType()
         kind = ir.FunctionType(single, [single, single])
-        return builder.call(
-            builder.module.declare_intrinsic("llvm.maxnum", [single], kind), args, fastmath=["fast"]
-        )
+        return builder.call(builder.module.declare_intrinsic("llvm.maxnum", [single], kind), args, fastmath=["fast"])
 
     return types.float32(types.float32, types.float32), generate
 

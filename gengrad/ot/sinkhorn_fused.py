@@ -202,9 +202,7 @@ def solve_fused(problem: Problem, options: Options, g: Tensor | None, h: Tensor 
 def solve_one(c: Clouds, o: Options, g: np.ndarray | None, h: np.ndarray | None, out: Answers) -> tuple[bool, int]:
     """One problem into `out`; whether it converged, and its sweeps."""
     (n, d), m, cost, eps = c.x.shape, len(c.y), c.cost, c.eps
-    log_b, var_x, var_y, rate, top_x = ends.prepare(
-        c.x, c.y, c.half_x, c.half_y, c.mean_x, c.mean_y, c.a, c.b, eps
-    )
+    log_b, var_x, var_y, rate, top_x = ends.prepare(c.x, c.y, c.half_x, c.half_y, c.mean_x, c.mean_y, c.a, c.b, eps)
     spread, root = math.sqrt(min(d * eps, 2 * cost)), math.sqrt(1 - rate)
     floor = (2 * ROUNDING * (1 + cost / eps) * spread + ROUNDING * math.sqrt(cost)) * (1 + root) / (2 * root)
     own = OwnMap(c, o, d * var_x, top_x, h, out.self_target) if o.debias else None
@@ -216,9 +214,7 @@ def solve_one(c: Clouds, o: Options, g: np.ndarray | None, h: np.ndarray | None,
         torch.mm(torch.from_numpy(c.x), torch.from_numpy(c.y).T, out=products)
     if g is None:
         sweeps = max(0, math.floor(math.log(max(cost / eps, 1.0), core.STAGE_RATIO)))
-        psi = ends.gaussian_start(
-            c.y, c.half_y, c.mean_x, c.mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps
-        )
+        psi = ends.gaussian_start(c.y, c.half_y, c.mean_x, c.mean_y, var_x, var_y, eps * core.STAGE_RATIO**sweeps)
         s = fused.anneal(dot, c.x, yt, psi, log_b, eps, c.a, c.b, sweeps)
     else:
         s = (g - c.half_y) / F(eps) + log_b

@@ -74,9 +74,7 @@ class Fitter:
         """One optimiser step; (loss, gradient norm, logs), or None when something was not finite and it was skipped."""
         run, settings, stage = self.run, self.settings, self.stage
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(
-                progress.step, stage.steps, settings.lr, settings.warmup, settings.lr_decay
-            )
+            group["lr"] = learning_rate(progress.step, stage.steps, settings.lr, settings.warmup, settings.lr_decay)
         self.optimizer.zero_grad(set_to_none=True)
         # `prepare` has wrapped the networks' forward for mixed precision; transport problems keep full precision
         try:

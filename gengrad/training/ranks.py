@@ -63,9 +63,7 @@ def together(ranks: Ranks, action: Callable[[], T], errors: tuple[type[Exception
     failures = [(rank, *told) for rank, (_, told) in enumerate(outcomes) if told]
     if not failures:
         return [value for value, _ in outcomes]
-    lines = [
-        f"rank {rank} of {ranks.world}: {text}" if ranks.world > 1 else text for rank, _, text in failures
-    ]
+    lines = [f"rank {rank} of {ranks.world}: {text}" if ranks.world > 1 else text for rank, _, text in failures]
     if len(failures) == ranks.world and len({text for _, _, text in failures}) == 1:
         lines = [failures[0][2]]  # the same mistake everywhere is said once
     raise errors[min(kind for _, kind, _ in failures)]("\n".join(lines)) from cause

@@ -42,12 +42,8 @@ def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or not _encodable(key):
-                raise CheckpointError(
-                    f"state entry {where or '/'} has the key {key!r}: keys are strings (UTF-8)"
-                )
-        names = {
-            key: key.replace("~", "~0").replace("/", "~1") for key in value
-        }  # two keys never make one path
+                raise CheckpointError(f"state entry {where or '/'} has the key {key!r}: keys are strings (UTF-8)")
+        names = {key: key.replace("~", "~0").replace("/", "~1") for key in value}  # two keys never make one path
         return {
             f"${key}" if key.startswith("$") else key: _split(item, f"{where}/{names[key]}", tensors)
             for key, item in value.items()
@@ -89,9 +85,7 @@ def join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     try:
         state = _join(tree, left)
     except KeyError as error:
-        raise CheckpointError(
-            f"tensor {error} is named in the state but not stored, or named twice"
-        ) from error
+        raise CheckpointError(f"tensor {error} is named in the state but not stored, or named twice") from error
     except RecursionError as error:
         raise CheckpointError("the state is nested too deeply") from error
     if left:

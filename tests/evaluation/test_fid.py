@@ -133,8 +133,12 @@ def test_data_without_labels_have_no_classifier(tmp_path):
 def test_without_inceptions_weights_the_message_says_what_to_put_where(tmp_path):
     with pytest.raises(FileNotFoundError) as told:
         extractor("inception", Digits())
-    for words in (str(tmp_path / "cache" / features.INCEPTION_FILE), "https://", features.INCEPTION_SHA256,
-                  "--features classifier"):
+    for words in (
+        str(tmp_path / "cache" / features.INCEPTION_FILE),
+        "https://",
+        features.INCEPTION_SHA256,
+        "--features classifier",
+    ):
         assert words in str(told.value)
 
 

@@ -44,7 +44,7 @@ def test_its_log_det_is_the_slope():
     _, transport, _ = update()
     x, h = torch.randn(50, 1).double(), 1e-7
     slope = (transport.push(x + h) - transport.push(x - h))[:, 0] / (2 * h)
-    inside = (transport.log_det(x + h) == transport.log_det(x - h))  # not across a knot
+    inside = transport.log_det(x + h) == transport.log_det(x - h)  # not across a knot
     assert torch.allclose(slope.log()[inside], transport.log_det(x)[inside], atol=1e-6)
 
 

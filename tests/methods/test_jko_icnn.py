@@ -43,8 +43,10 @@ def trained(method, asked, lr=2e-2):
 def test_on_gaussians_every_step_is_the_exact_implicit_step():
     d, tau = 3, 0.2
     a, b = random_spd(d, 5.0, 1)
-    terms = [{"name": "potential", "potential": {"name": "quadratic", "seed": 1, "dimension": d, "condition": 5.0}},
-             {"name": "entropy", "weight": 0.5}]
+    terms = [
+        {"name": "potential", "potential": {"name": "quadratic", "seed": 1, "dimension": d, "condition": 5.0}},
+        {"name": "entropy", "weight": 0.5},
+    ]
     method = JKOICNN(functional=terms, tau=tau, jko_steps=3, cloud=4096)
     flow = trained(method, problem(StandardNormal(event_shape=(d,)), Space(dimension=d)))
     mean, cov = torch.zeros(d).double(), torch.eye(d).double()
@@ -204,8 +206,11 @@ def test_kl_to_data_without_a_density_is_refused_with_what_would_do():
 
 def test_a_rising_energy_ends_the_run_with_the_step_and_what_to_do():
     target, source = Space(dimension=1), StandardNormal(event_shape=(1,))
-    stage = next(iter(JKOICNN(functional="entropy", tau=0.1, jko_steps=1, cloud=512).stages(
-        problem(source, target), Flow(source))))
+    stage = next(
+        iter(
+            JKOICNN(functional="entropy", tau=0.1, jko_steps=1, cloud=512).stages(problem(source, target), Flow(source))
+        )
+    )
     with torch.no_grad():  # a step that shrinks the cloud, which the entropy of all things never does
         stage.initial.factor.mul_(0.5)
     stage.at_start = stage._judge(stage.initial)

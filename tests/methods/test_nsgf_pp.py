@@ -118,6 +118,7 @@ def test_some_labels_are_forgotten_and_the_draw_does_not_depend_on_the_sharing_o
 @pytest.mark.parametrize("way", ["processes", "pieces"])
 def test_the_mean_over_processes_or_pieces_is_the_loss_of_one(shared, way):
     for stage in stages_of(problem(), shared_network=shared):
+
         def loss(*place, stage=stage):
             return stage.objective(stage.networks, Part(3, 32, *place), generator_for(0, "test"))[0]
 
@@ -149,8 +150,10 @@ def test_a_shared_network_with_the_plans_pairs_sees_whole_lines_in_every_batch()
 def test_the_straight_network_may_start_from_the_first_phase():
     for warm in (False, True):
         first, _, last = stages_of(problem(), warm_start=warm)
-        same = [torch.equal(a, b) for a, b in zip(first.networks["velocity"].parameters(),
-                                                  last.networks["velocity"].parameters())]
+        same = [
+            torch.equal(a, b)
+            for a, b in zip(first.networks["velocity"].parameters(), last.networks["velocity"].parameters())
+        ]
         assert all(same) == warm
         assert first.networks["velocity"] is not last.networks["velocity"]
 

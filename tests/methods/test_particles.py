@@ -46,7 +46,8 @@ def test_kl_to_data_with_a_density_is_langevin_sampling_of_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "network", "more"), [
+    ("name", "network", "more"),
+    [
         ("particles", "mlp", {}),
         ("jko_icnn", "icnn", {"cloud": 512, "affine_cloud": 128, "target_samples": 128}),
         ("nsgf", "mlp", {}),

@@ -99,9 +99,14 @@ def test_a_step_without_progress_ends_early_and_says_so_in_its_state():
 
 def test_a_run_with_plateaus_resumes_as_it_would_have_gone_on(small, tmp_path):
     def asked(name):
-        return small(name, source=DIRAC, data=PROFILE, method={"name": "riesz_backward", **METHOD, "patience": 1},
-                     network={"name": "plan", "width": 16, "depth": 2},
-                     train={"steps": 1200, "batch_size": 32, "lr": 0.05, "checkpoint_every": 70})
+        return small(
+            name,
+            source=DIRAC,
+            data=PROFILE,
+            method={"name": "riesz_backward", **METHOD, "patience": 1},
+            network={"name": "plan", "width": 16, "depth": 2},
+            train={"steps": 1200, "batch_size": 32, "lr": 0.05, "checkpoint_every": 70},
+        )
 
     from gengrad.training import loop
 
@@ -137,8 +142,14 @@ def test_the_mean_over_processes_is_nearly_the_loss_of_one():
 @pytest.mark.parametrize("name", ["riesz_backward", "riesz_forward"])
 def test_a_dirac_bursts_to_the_radius_of_the_closed_form(name, small, tmp_path):
     method = {"name": name, **METHOD, "pool": 4096}
-    path = small("run", source=DIRAC, data=PROFILE, method=method, network={"name": "plan", "width": 64, "depth": 2},
-                 train={"steps": 800, "batch_size": 256, "lr": 5.0e-3, "checkpoint_every": 1000})
+    path = small(
+        "run",
+        source=DIRAC,
+        data=PROFILE,
+        method=method,
+        network={"name": "plan", "width": 64, "depth": 2},
+        train={"steps": 800, "batch_size": 256, "lr": 5.0e-3, "checkpoint_every": 1000},
+    )
     assert main(["train", str(path)]) == 0
     flow, profile = gengrad.load(tmp_path / "run"), RieszProfile(time=0.4)
     # a twentieth of the shipped config's work; 4000 samples know their radius to 0.4 %
@@ -148,8 +159,14 @@ def test_a_dirac_bursts_to_the_radius_of_the_closed_form(name, small, tmp_path):
 
 
 def test_particles_burst_to_the_radius_of_the_closed_form(small, tmp_path):
-    method = {"name": "particles", "functional": "riesz_mmd", "towards": "nothing", "tau": 0.05, "flow_steps": 8,
-              "particles": 1000}
+    method = {
+        "name": "particles",
+        "functional": "riesz_mmd",
+        "towards": "nothing",
+        "tau": 0.05,
+        "flow_steps": 8,
+        "particles": 1000,
+    }
     path = small("run", source=DIRAC, data=PROFILE, method=method)
     assert main(["train", str(path)]) == 0
     flow = gengrad.load(tmp_path / "run")

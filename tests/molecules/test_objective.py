@@ -17,9 +17,14 @@ from gengrad.registry import TRANSFORMS
 from gengrad.strict_yaml import parse_yaml
 
 SETTINGS = {
-    "sigmoid": {"low": 1.0, "high": 3.0}, "reverse_sigmoid": {"low": 1.0, "high": 3.0},
-    "double_sigmoid": {"low": 1.0, "high": 3.0}, "step": {"low": 1.0, "high": 3.0}, "linear": {"low": 1.0, "high": 3.0},
-    "reverse_linear": {"low": 1.0, "high": 3.0}, "gaussian": {"mean": 2.0, "deviation": 0.5}, "identity": {},
+    "sigmoid": {"low": 1.0, "high": 3.0},
+    "reverse_sigmoid": {"low": 1.0, "high": 3.0},
+    "double_sigmoid": {"low": 1.0, "high": 3.0},
+    "step": {"low": 1.0, "high": 3.0},
+    "linear": {"low": 1.0, "high": 3.0},
+    "reverse_linear": {"low": 1.0, "high": 3.0},
+    "gaussian": {"mean": 2.0, "deviation": 0.5},
+    "identity": {},
 }
 
 
@@ -72,9 +77,9 @@ def test_a_bare_name_is_a_component():
 
 def test_a_scorer_named_twice_is_one_and_equal_names_get_numbers():
     one = {"scorer": {"name": "similarity", "to": ["CC"]}}
-    objective = read_objective({
-        "components": [one, {"scorer": {"name": "similarity", "to": ["CO"]}}], "filters": [{**one, "at_least": 0.4}]
-    })
+    objective = read_objective(
+        {"components": [one, {"scorer": {"name": "similarity", "to": ["CO"]}}], "filters": [{**one, "at_least": 0.4}]}
+    )
     assert objective.labels == ["similarity", "similarity_2"] and objective.filters[0].column == 0
 
 
@@ -83,19 +88,25 @@ DOWNWARDS = {"name": "sigmoid", "low": 2.0, "high": 1.0}
 NO_PATTERN = {"name": "substructure", "smarts": "(("}
 
 
-@pytest.mark.parametrize(("raw", "says"), [
-    ({}, ["components", "missing"]),
-    ({"components": []}, ["at least 1"]),
-    ({"components": [{"scorer": "qde"}]}, ["components.0.scorer.name", "Did you mean 'qed'"]),
-    ({"components": [{"scorer": "logp"}]}, ["components.0.transform", "do not lie in [0, 1]", "double_sigmoid"]),
-    ({"components": [{"scorer": "qed", "wieght": 1.0}]}, ["components.0.wieght", "unknown key"]),
-    ({"components": [{"scorer": "qed", "weight": 0.0}]}, ["components.0.weight", "greater than 0"]),
-    ({"components": [{"scorer": "qed", "transform": DOWNWARDS}]}, ["must lie below"]),
-    ({"components": QED, "filters": [{"scorer": "weight"}]}, ["filters.0", "at_least, at_most or both"]),
-    ({"components": QED, "filters": [{"scorer": NO_PATTERN, "at_least": 1}]}, ["filters.0.scorer.smarts", "a SMARTS"]),
-    ({"components": QED, "per_scaffold": 0}, ["per_scaffold"]),
-    ({"components": [{"scorer": "logp"}, {"scorer": "qde"}]}, ["2 mistakes"]),
-])
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({}, ["components", "missing"]),
+        ({"components": []}, ["at least 1"]),
+        ({"components": [{"scorer": "qde"}]}, ["components.0.scorer.name", "Did you mean 'qed'"]),
+        ({"components": [{"scorer": "logp"}]}, ["components.0.transform", "do not lie in [0, 1]", "double_sigmoid"]),
+        ({"components": [{"scorer": "qed", "wieght": 1.0}]}, ["components.0.wieght", "unknown key"]),
+        ({"components": [{"scorer": "qed", "weight": 0.0}]}, ["components.0.weight", "greater than 0"]),
+        ({"components": [{"scorer": "qed", "transform": DOWNWARDS}]}, ["must lie below"]),
+        ({"components": QED, "filters": [{"scorer": "weight"}]}, ["filters.0", "at_least, at_most or both"]),
+        (
+            {"components": QED, "filters": [{"scorer": NO_PATTERN, "at_least": 1}]},
+            ["filters.0.scorer.smarts", "a SMARTS"],
+        ),
+        ({"components": QED, "per_scaffold": 0}, ["per_scaffold"]),
+        ({"components": [{"scorer": "logp"}, {"scorer": "qde"}]}, ["2 mistakes"]),
+    ],
+)
 def test_the_mistakes_of_an_objective_are_named_all_at_once(raw, says):
     with pytest.raises(ValueError) as told:
         read_objective(raw)
@@ -138,7 +149,11 @@ def test_a_file_is_scored_row_by_row_and_nothing_is_lost(tmp_path, capsys, monke
     with open("scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["row"], r["id"], r["valid"]) for r in rows] == [
-        ("1", "toluene", "1"), ("2", "x", "0"), ("3", "ethanol", "1"), ("4", "phenol", "1"), ("5", "again", "1"),
+        ("1", "toluene", "1"),
+        ("2", "x", "0"),
+        ("3", "ethanol", "1"),
+        ("4", "phenol", "1"),
+        ("5", "again", "1"),
         ("6", "6", "0"),
     ]
     toluene, hello, ethanol, phenol, again, empty = rows

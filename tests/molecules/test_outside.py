@@ -65,8 +65,14 @@ def test_no_answer_of_a_program_ever_goes_to_another_molecule(tmp_path):
     answers = program.answers(smiles)
     assert [a.value for a in answers] == [2, None, None, None, None, 3, None, 2.5, None, 4]
     problems = {text: answer.problem for text, answer in zip(smiles, answers) if answer.problem}
-    says = {"F": "nan", "S": "no JSON", "P": "another molecule", "N": "ended with code 4", "Cl": "none",
-            "O": "answered 0"}
+    says = {
+        "F": "nan",
+        "S": "no JSON",
+        "P": "another molecule",
+        "N": "ended with code 4",
+        "Cl": "none",
+        "O": "answered 0",
+    }
     assert problems.keys() == says.keys() and all(said in problems[text] for text, said in says.items())
 
 

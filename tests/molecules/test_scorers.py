@@ -74,12 +74,15 @@ def test_alerts_are_counted_and_named():
     assert any("aldehyde" in name.lower() for name in alerts.names(Chem.MolFromSmiles("CC=O")))
 
 
-@pytest.mark.parametrize(("name", "settings", "says"), [
-    ("similarity", {"to": []}, "at least 1"),
-    ("similarity", {"to": ["hello"]}, "not a SMILES"),
-    ("substructure", {"smarts": "((("}, "not a SMARTS"),
-    ("alerts", {"catalogs": ["PAIN"]}, "PAINS"),
-])
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("similarity", {"to": []}, "at least 1"),
+        ("similarity", {"to": ["hello"]}, "not a SMILES"),
+        ("substructure", {"smarts": "((("}, "not a SMARTS"),
+        ("alerts", {"catalogs": ["PAIN"]}, "PAINS"),
+    ],
+)
 def test_a_scorer_refuses_settings_that_it_cannot_work_with(name, settings, says):
     with pytest.raises(ValueError, match=says):
         scorer(name, **settings)

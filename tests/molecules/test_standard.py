@@ -72,8 +72,22 @@ def test_every_row_of_a_file_is_kept_or_rejected_once_in_order_whatever_the_proc
     outs = []
     for processes in ("1", "2"):
         out = tmp_path / processes
-        assert main(["molecules", "prepare", str(tmp_path / "a.csv"), "--out", str(out), "--processes", processes,
-                     "--timeout", "60"]) == 0
+        assert (
+            main(
+                [
+                    "molecules",
+                    "prepare",
+                    str(tmp_path / "a.csv"),
+                    "--out",
+                    str(out),
+                    "--processes",
+                    processes,
+                    "--timeout",
+                    "60",
+                ]
+            )
+            == 0
+        )
         outs.append([(out / name).read_bytes() for name in ("molecules.csv", "rejected.csv")])
     assert outs[0] == outs[1]
     kept, rejected = read(out / "molecules.csv"), read(out / "rejected.csv")

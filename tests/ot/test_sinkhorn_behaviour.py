@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "n", [30, 200]
-)  # below and above the size at which a CPU solves one problem after another
+@pytest.mark.parametrize("n", [30, 200])  # below and above the size at which a CPU solves one problem after another
 def test_a_batch_gives_what_its_problems_give_alone_each_at_its_own_epsilon(backend, n):
     pairs = [clouds(n, n - 5, 3, seed, torch.float32) for seed in range(3)]
     x, y = (torch.stack(t) for t in zip(*pairs))
@@ -86,9 +84,7 @@ def peak_gigabytes(n: int, bound: float) -> tuple[float, float]:
             r.sample_targets()
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     before, after = map(float, out.stdout.split())
     return before, after
 
@@ -112,9 +108,7 @@ def test_targets_are_drawn_with_the_frequencies_of_the_plans_rows(backend):
     g = torch.Generator().manual_seed(0)
     drawn = torch.stack([r.sample_targets(g) for _ in range(1000)])
     frequency = torch.nn.functional.one_hot(drawn, 6).double().mean(0)
-    assert (
-        float((frequency - p).abs().max()) < 4.5 * 0.5 / 1000**0.5
-    )  # 4.5 deviations of the worst of 48 cells
+    assert float((frequency - p).abs().max()) < 4.5 * 0.5 / 1000**0.5  # 4.5 deviations of the worst of 48 cells
     assert torch.allclose((p @ y.double()), r.target.double(), atol=1e-4)
 
 
@@ -169,9 +163,7 @@ def test_one_point_identical_points_and_no_spread_give_finite_correct_results(ba
     for x, y in ((one, one), (same, same), (same, same + 1), (one, same), (same, one)):
         r = ot.sinkhorn_velocity(x, y, backend=backend)
         assert torch.allclose(r.velocity, y.mean(0) - x, atol=1e-5) and bool(r.converged)
-    assert float(ot.sinkhorn_velocity(same, same, epsilon_rel=0.07).epsilon) == pytest.approx(
-        0.07
-    )  # as documented
+    assert float(ot.sinkhorn_velocity(same, same, epsilon_rel=0.07).epsilon) == pytest.approx(0.07)  # as documented
     y = torch.randn(40, 3)
     r = ot.sinkhorn_velocity(one, y, backend=backend)
     assert torch.allclose(r.target, y.mean(0)[None], atol=1e-5)  # a single point goes to the mean
@@ -255,9 +247,7 @@ def test_both_paths_give_the_same_numbers(d):
         "effective_neighbours",
     ):
         one, other = getattr(results[0], name), getattr(results[-1], name)
-        assert torch.allclose(one, other, rtol=1e-3, atol=2e-3), (
-            name
-        )  # two solves, each to 1e-4 in the velocity
+        assert torch.allclose(one, other, rtol=1e-3, atol=2e-3), name  # two solves, each to 1e-4 in the velocity
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -98,9 +98,7 @@ def test_points_of_weight_zero_are_as_if_absent():
     a = torch.cat([torch.full((30,), 1 / 30), torch.zeros(5)]).double()
     b = torch.cat([torch.full((20,), 1 / 20), torch.zeros(5)]).double()
     v = ot.sinkhorn_velocity(x, y, epsilon=0.1, tol=1e-7).velocity
-    w = ot.sinkhorn_velocity(
-        torch.cat([x, far]), torch.cat([y, -far]), epsilon=0.1, a=a, b=b, tol=1e-7
-    ).velocity
+    w = ot.sinkhorn_velocity(torch.cat([x, far]), torch.cat([y, -far]), epsilon=0.1, a=a, b=b, tol=1e-7).velocity
     assert relative(w[:30], v) < 1e-6  # two solves
     assert bool(torch.isfinite(w).all())
 
@@ -113,9 +111,7 @@ def test_as_epsilon_vanishes_the_velocity_between_gaussians_tends_to_the_bures_m
     one = torch.ones(1, 1, dtype=torch.float64)
     k, offset = ot.bures_map(one[0], 0.64 * one, -0.5 * one[0], 2.89 * one)
     exact = x @ k.T + offset - x
-    errors = [
-        relative(ot.sinkhorn_velocity(x, y, epsilon=e, tol=1e-4).velocity, exact) for e in (0.2, 0.05, 0.0125)
-    ]
+    errors = [relative(ot.sinkhorn_velocity(x, y, epsilon=e, tol=1e-4).velocity, exact) for e in (0.2, 0.05, 0.0125)]
     # debiased maps err in the second order of epsilon: a factor 4 in epsilon is a factor of about 16
     # until the grid's own 4e-4, most of it in the tails, is reached
     assert errors[1] < errors[0] / 6 and errors[2] < 5e-4
@@ -129,9 +125,7 @@ def test_the_entropic_cost_between_gaussians_is_that_of_janati_et_al(epsilon):
     x, y = 0.8 * grid + 1.0, 1.7 * grid - 0.5
     exact = ot.gaussian_entropic_cost(one[0], 0.64 * one, -0.5 * one[0], 2.89 * one, epsilon)
     found = ot.sinkhorn(x, y, epsilon=epsilon, tol=1e-5).value
-    assert float(found) == pytest.approx(
-        float(exact), rel=2e-3
-    )  # the grid cuts the tails: variance off by 1e-3
+    assert float(found) == pytest.approx(float(exact), rel=2e-3)  # the grid cuts the tails: variance off by 1e-3
 
 
 def test_the_entropic_gaussian_cost_tends_to_half_the_squared_wasserstein_distance():

@@ -37,9 +37,7 @@ def test_the_value_is_the_primal_one_and_potentials_have_their_gauge(weighted):
     b = torch.rand(40, generator=g, dtype=torch.float64) + 0.1 if weighted else torch.ones(40).double()
     a, b = a / a.sum(), b / b.sum()
     r = ot.sinkhorn(x, y, epsilon=0.2, a=a, b=b, tol=1e-7)
-    assert float(r.value) == pytest.approx(
-        references.value(x, y, 0.2, a, b), rel=1e-9
-    )  # errs in second order
+    assert float(r.value) == pytest.approx(references.value(x, y, 0.2, a, b), rel=1e-9)  # errs in second order
     assert float((a * r.f).sum()) == pytest.approx(float((b * r.g).sum()), rel=1e-9)
     assert relative(r.target - x, r.velocity) < 1e-12  # its definition without debiasing
     s = ot.sinkhorn_divergence(x, y, epsilon=0.2, a=a, b=b, tol=1e-7)
@@ -51,9 +49,7 @@ def test_pot_gives_the_same_plan_at_twice_epsilon():
     pot = pytest.importorskip("ot")
     x, y = clouds(50, 40)
     cost = torch.cdist(x, y).square().numpy()  # unhalved, hence the 2 below
-    p = pot.sinkhorn(
-        np.full(50, 1 / 50), np.full(40, 1 / 40), cost, 2 * 0.3, stopThr=1e-12, numItermax=20_000
-    )
+    p = pot.sinkhorn(np.full(50, 1 / 50), np.full(40, 1 / 40), cost, 2 * 0.3, stopThr=1e-12, numItermax=20_000)
     assert relative(ot.sinkhorn(x, y, epsilon=0.3, tol=1e-7).target, 50 * p @ y.numpy()) < 1e-7
 
 
@@ -64,9 +60,7 @@ def test_geomloss_gives_the_same_divergence_and_velocity_at_blur_root_epsilon():
     loss = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.3**0.5, scaling=0.99, backend="tensorized")(x, y)
     v = -50 * torch.autograd.grad(loss, x)[0]
     r = ot.sinkhorn_velocity(x.detach(), y, epsilon=0.3, tol=1e-7)
-    assert (
-        relative(r.velocity, v) < 1e-2
-    )  # geomloss has no convergence test: 0.3 % is its error at this scaling
+    assert relative(r.velocity, v) < 1e-2  # geomloss has no convergence test: 0.3 % is its error at this scaling
     value = ot.sinkhorn_divergence(x.detach(), y, epsilon=0.3, tol=1e-6)
     assert float(value) == pytest.approx(float(loss.detach()), rel=1e-4)
 
@@ -108,9 +102,7 @@ def separated_clusters(seed):
     """Clusters of unequal numbers of points, which must exchange mass over many kernel widths."""
     g = torch.Generator().manual_seed(seed)
     centres = 4 * torch.randn(5, 2, generator=g)
-    draw = [
-        centres[torch.randint(5, (120,), generator=g)] + 0.3 * torch.randn(120, 2, generator=g) for _ in "xy"
-    ]
+    draw = [centres[torch.randint(5, (120,), generator=g)] + 0.3 * torch.randn(120, 2, generator=g) for _ in "xy"]
     return draw[0], draw[1]
 
 

@@ -226,8 +226,8 @@ def table(results: dict[str, dict]) -> str:
         "pictures",
         "| config | learned | particles, same time | particles, same CPU | floor | CPU-s | seeds |",
         lambda k, g: (
-            f"| {k} | {mean(g, 'learned'):.5f} | {mean(g, 'particles_same_time'):.5f} "
-            f"| {mean(g, 'particles_same_cpu'):.5f} | {mean(g, 'floor'):.5f} | {mean(g, 'cpu_seconds'):.0f} | {len(g)} |"
+            f"| {k} | {mean(g, 'learned'):.5f} | {mean(g, 'particles_same_time'):.5f} | "
+            f"{mean(g, 'particles_same_cpu'):.5f} | {mean(g, 'floor'):.5f} | {mean(g, 'cpu_seconds'):.0f} | {len(g)} |"
         ),
     )
     return "\n".join(lines).strip()

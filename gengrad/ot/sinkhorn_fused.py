@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -42,11 +43,31 @@ def workspace(name: str, n: int, m: int) -> tuple[Tensor, np.ndarray]:
     return held[:2]
 
 
-def symmetric_product(x: Tensor, out: Tensor, blocks: int = 8) -> None:
+def block_rows(n: int) -> int:
+    """Rows of a block, where a symmetric matrix of n rows is worked on by blocks of rows: eight, or fewer of 128."""
+    return max(128, -(-n // 8))
+
+
+def symmetric_product(x: Tensor, out: Tensor) -> None:
     """The upper triangle of x x' (and some of the lower), by row blocks: 9/16 of the full product's work."""
-    size = max(128, -(-len(x) // blocks))
+    size = block_rows(len(x))
     for i in range(0, len(x), size):
         torch.mm(x[i : i + size], x[i:].T, out=out[i : i + size, i:])
+
+
+def symmetric_times(kernel: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
+    """out (n, d) = K w for K symmetric, known in its upper triangle; the lower one of its diagonal blocks is filled."""
+    size = block_rows(len(w))
+    own_kernels.mirror_blocks(kernel, size)
+    k, w, sums = (torch.from_numpy(t) for t in (kernel, w, out))
+    torch.mm(k[:size], w, out=sums[:size])
+    if size < len(w):
+        torch.mm(k[:size, size:].T, w[:size], out=sums[size:])
+    for i in range(size, len(w), size):
+        j = i + size
+        sums[i:j].addmm_(k[i:j, i:], w[i:])
+        if j < len(w):
+            sums[j:].addmm_(k[i:j, j:].T, w[i:j])
 
 
 class Clouds(NamedTuple):
@@ -111,7 +132,7 @@ class OwnMap:
 
     def __init__(self, clouds: Clouds, options: Options, variance: float, top: float, h: np.ndarray | None, out):
         self.clouds, self.options, self.out = clouds, options, out
-        self.error, self.mass, self.kernel, self.ku = math.inf, 1.0, None, EMPTY
+        self.error, self.mass, self.kernel, self.ku, self.fresh = math.inf, 1.0, None, EMPTY, False
         self.xt, (n, d) = _columns(clouds.x), clouds.x.shape
         self.spread = math.sqrt(min(d * clouds.eps, 2 * clouds.cost, top))  # see `sinkhorn_solve.self_modes`
         slow = clouds.eps / max(2 * top, 1e-37)
@@ -138,29 +159,24 @@ class OwnMap:
         self.ku, _, self.error, self.mass = own_kernels.solve_self(
             self.kernel, self.u, c.a, self.spread, self.rate, goal, residual_goal(o.tol), min(o.max_iter, 200)
         )
-        self.skipped = False
+        self.skipped, self.fresh = False, False
         return True
 
     def seen(self) -> np.ndarray:
-        """The map through the probe directions: all that the stopping rule looks at, for one pass of the kernel."""
-        points = _seen(self.clouds.x)
-        if self.kernel is None:
-            return points
-        shown = np.empty_like(points)
-        own_kernels.symmetric_averages(self.kernel, self.u, self.ku, np.ascontiguousarray(points.T), shown)
-        return shown
+        """The map through the probe directions: all that the stopping rule looks at."""
+        return _seen(self.target())
 
     def target(self) -> np.ndarray:
-        """The map itself (n, d). Overwrites the products."""
+        """The map itself (n, d), from one reading of the kernel's upper triangle; made once for each `reach`."""
         x = self.clouds.x
-        if self.kernel is None:
-            return x
+        if self.kernel is None or self.fresh:
+            return x if self.kernel is None else self.out
         if x.shape[1] <= NARROW:
             own_kernels.symmetric_averages(self.kernel, self.u, self.ku, self.xt, self.out)
-            return self.out
-        tensor, plan = workspace("products", *self.kernel.shape)
-        own_kernels.symmetric_plan(self.kernel, self.u, self.ku, plan)
-        torch.mm(tensor, torch.from_numpy(x), out=torch.from_numpy(self.out))
+        else:
+            symmetric_times(self.kernel, self.u[:, None] * x, self.out)
+            self.out /= self.ku[:, None]
+        self.fresh = True
         return self.out
 
     def potential(self, h: np.ndarray) -> float:
@@ -175,8 +191,15 @@ def _columns(points: np.ndarray) -> np.ndarray:
 
 def _seen(points: np.ndarray) -> np.ndarray:
     """The points through the probe directions of `sinkhorn_core`."""
-    omega = core.probes(points.shape[1], torch.float32, CPU)
-    return points if omega is None else torch.mm(torch.from_numpy(points), omega).numpy()
+    omega = _probes(points.shape[1])
+    return points if omega is None else ends.through(points, omega)
+
+
+@lru_cache(maxsize=8)
+def _probes(d: int) -> np.ndarray | None:
+    """The directions of `sinkhorn_core.probes` as rows (p, d)."""
+    omega = core.probes(d, torch.float32, CPU)
+    return None if omega is None else np.ascontiguousarray(omega.T.numpy())
 
 
 def solve_fused(problem: Problem, options: Options, g: Tensor | None, h: Tensor | None) -> Solution:

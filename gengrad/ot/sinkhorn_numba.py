@@ -16,7 +16,7 @@ from .numba_math import F, exp32, exp_any, inner, jit, largest, log32
 from .sinkhorn_core import CHECK_EVERY, LIMIT, PATIENCE, PROBATION, REACH, SAFETY, STAGE_RATIO, WINDOW
 from .sinkhorn_kernels import MAX_LOG_SCALING
 
-DRAFT = 256  # rows that an annealing sweep looks at, at least
+DRAFT, LEAST_DRAFT = 256, 64  # rows that the last annealing sweep looks at, and that every one does, at least
 DIRECT = 4  # up to so many dimensions the products x.y are made on the fly
 
 
@@ -235,17 +235,19 @@ def least_left(rate, before, now, age):
 def anneal(dot, x, yt, psi, log_b, eps, a, b, stages):
     """One Sinkhorn iteration at each of eps 4^stages, ..., eps 4, from psi; returns s at eps.
 
-    Of many rows these drafts look at every k-th only: at least DRAFT of them, which blur psi less than eps does.
+    These drafts look at some of the rows only, DRAFT of them; beyond DIRECT dimensions at each stage before the last
+    half as many, as eps blurs more there. (In the plane that costs iterations later: whole clusters are settled then.)
     """
-    m, every = b.shape[0], max(1, a.shape[0] // DRAFT)
-    seen = F(0.0)
-    for i in range(0, a.shape[0], every):
-        seen += a[i]
-    share = F(1.0) / largest(seen, F(1e-37))
+    n, m = a.shape[0], b.shape[0]
     row = np.empty((1, m), F)
-    c, r, s, log_row = np.empty(m, F), np.empty(m, F), np.empty(m, F), np.empty(a.shape[0], F)
+    c, r, s, log_row = np.empty(m, F), np.empty(m, F), np.empty(m, F), np.empty(n, F)
     for k in range(stages, 0, -1):
-        e = F(eps * STAGE_RATIO**k)
+        halvings = k - 1 if dot.shape[0] > 0 else 0
+        e, every = F(eps * STAGE_RATIO**k), max(1, n // max(DRAFT >> halvings, LEAST_DRAFT))
+        seen = F(0.0)
+        for i in range(0, n, every):
+            seen += a[i]
+        share = F(1.0) / largest(seen, F(1e-37))
         for j in range(m):
             s[j] = psi[j] / e + log_b[j]
         exp_sweep(dot, x, yt, s, F(1.0) / e, a, row, c, log_row, every)

@@ -116,6 +116,20 @@ def gaussian_start(y, half_y, mean_x, mean_y, var_x, var_y, eps):
     return psi
 
 
+@jit
+def through(points, directions):
+    """(n, p) = points (n, d) along the directions (p, d)."""
+    out = np.empty((points.shape[0], directions.shape[0]), F)
+    for i in range(points.shape[0]):
+        row = points[i]
+        for q in range(directions.shape[0]):
+            along, total = directions[q], F(0.0)
+            for k in range(row.shape[0]):
+                total += row[k] * along[k]
+            out[i, q] = total
+    return out
+
+
 @inner
 def row_sums(row, v, s):
     """sum_j K_j v_j and sum_j K_j v_j s_j."""

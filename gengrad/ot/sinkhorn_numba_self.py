@@ -144,25 +144,11 @@ def symmetric_averages(kernel, u, ku, xt, out):
 
 
 @jit
-def symmetric_plan(kernel, u, ku, out):
-    """out_ij = K_ij u_j / (K u)_i, in full from the upper triangle.
-
-    In tiles, through a small buffer: reading a column of a matrix whose rows are a power of two apart would hit the
-    same few lines of the cache again and again.
-    """
-    n, tile = u.shape[0], 32
-    held = np.empty((tile, tile), F)
-    for i0 in range(0, n, tile):
-        rows = min(i0 + tile, n)
-        for j0 in range(i0, n, tile):
-            width = min(j0 + tile, n) - j0
-            for i in range(i0, rows):
-                first, ui, scale = i - i0 if i0 == j0 else 0, u[i], F(1.0) / ku[i]
-                row, above, keep, uj = kernel[i, j0:], out[i, j0:], held[i - i0], u[j0:]
-                for j in range(first, width):
-                    keep[j] = row[j] * ui
-                    above[j] = row[j] * uj[j] * scale
-            for j in range(width):
-                last, below, scale = j if i0 == j0 else rows - i0, out[j0 + j, i0:], F(1.0) / ku[j0 + j]
-                for i in range(last):
-                    below[i] = held[i, j] * scale
+def mirror_blocks(kernel, size):
+    """Fills in the lower triangle of the diagonal blocks of `size` rows from the upper one."""
+    n = kernel.shape[0]
+    for first in range(0, n, size):
+        for i in range(first, min(first + size, n)):
+            row = kernel[i]
+            for j in range(first, i):
+                row[j] = kernel[j, i]

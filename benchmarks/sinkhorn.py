@@ -353,13 +353,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="n = 256, d in {2, 64}: minutes")
     parser.add_argument("--sizes", default="256,1024,4096", help="numbers of points; 4096 takes the longest")
+    parser.add_argument("--dimensions", default=",".join(map(str, DIMENSIONS)))
     parser.add_argument("--errors", default="0.05,0.01", help="1 %% at n = 4096 takes a quarter of an hour a cell")
     parser.add_argument("--table", action="store_true", help="print the table of the JSON, measure nothing")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/sinkhorn.json")
     args = parser.parse_args()
     sizes = (256,) if args.quick else tuple(int(n) for n in args.sizes.split(","))
     errors = {float(e) for e in args.errors.split(",")}
-    planned = [cell for cell in plan(sizes, (2, 64) if args.quick else DIMENSIONS) if cell[-1] in errors]
+    dimensions = (2, 64) if args.quick else tuple(int(d) for d in args.dimensions.split(","))
+    planned = [cell for cell in plan(sizes, dimensions) if cell[-1] in errors]
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -12,9 +12,10 @@ BIN := .venv/bin
 	else $(BIN)/python -m pip install --quiet -e ".[test,fast]"; fi
 	touch .venv/installed
 
-# one thread for the small network: two that wait for each other crawl as soon as the machine has other work
+# one thread: for small networks two are hardly faster, and crawl as soon as the machine has other work
+quickstart: export OMP_NUM_THREADS = 1
 quickstart: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python train.py configs/toy/8gaussians_nsgf.yaml out=quickstart/8gaussians
+	$(BIN)/python train.py configs/toy/8gaussians_nsgf.yaml out=quickstart/8gaussians
 	$(BIN)/python sample.py quickstart/8gaussians --n 2048 --nfe 5 --out quickstart/8gaussians/samples.npy --trajectory
 	$(BIN)/gengrad evaluate quickstart/8gaussians --nfe 5
 	$(BIN)/python train.py configs/images/digits_nsgf_pp.yaml out=quickstart/digits

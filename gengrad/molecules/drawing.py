@@ -6,7 +6,7 @@ from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdFMCS
 from rdkit.Chem.Draw import rdMolDraw2D
 
-SIZE = (300, 220)
+SIZE = (260, 210)
 MOST = 100  # heavy atoms that are drawn
 NEW = (0.69, 0.82, 0.93)  # behind the atoms that the parent does not have
 SECONDS = 1  # for a common substructure
@@ -46,8 +46,9 @@ def _svg(mol: Chem.Mol, atoms: list[int], bonds: list[int], size: tuple[int, int
     drawer = rdMolDraw2D.MolDraw2DSVG(*size)
     options = drawer.drawOptions()
     options.clearBackground = False
-    options.padding = 0.06
+    options.padding = 0.03
     options.bondLineWidth = 1.6
+    options.highlightBondWidthMultiplier = 12
     options.fixedFontSize = 13
     options.maxFontSize = 14
     colour = {"highlightAtomColors": {i: NEW for i in atoms}, "highlightBondColors": {i: NEW for i in bonds}}

@@ -12,7 +12,7 @@ import torch
 import gengrad
 from gengrad.files import sha256_of, write_json
 from gengrad.molecules.fcd import check_sizes, frechet_chemnet
-from gengrad.molecules.metrics import METRICS, Described, describe
+from gengrad.molecules.metrics import METRICS, Described, describe, describers
 from gengrad.molecules.population import Population, read_population
 from gengrad.molecules.progress import TOPS, Top, area_under
 
@@ -60,7 +60,8 @@ def evaluate_files(
     against = "training" if training else "before"
     if fcd:  # before the work, which the size may make useless
         check_sizes(len(tables["after"].smiles), len(tables[against].smiles), any_size)
-    seen = {name: describe(t.smiles, PROPERTIES, processes, timeout) for name, t in tables.items()}
+    with describers(PROPERTIES, processes, timeout) as workers:
+        seen = {name: describe(table.smiles, PROPERTIES, workers=workers) for name, table in tables.items()}
     for name, path in files.items():
         if not seen[name].smiles:
             raise ValueError(f"{path}: none of {len(tables[name].smiles)} rows is a molecule")
@@ -145,7 +146,7 @@ def _plain(value):
     """NaN and infinities as None, for JSON."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not value - value == 0 else value
+    return None if isinstance(value, float) and value - value != 0 else value
 
 
 def lines(found: dict) -> list[str]:

@@ -72,7 +72,7 @@ def run_leads(
     timeout: float = 10.0,
     settings: LeadSearch | None = None,
 ) -> dict:
-    """At most ``calls`` scorer calls for each lead, its own included, on molecules with Tanimoto >= ``similarity`` to it.
+    """At most ``calls`` scorer calls for each lead, itself included, on molecules of Tanimoto >= ``similarity`` to it.
 
     Writes leads.csv (one line for each row of the file) beside the files of ``run_baseline``; returns run.json. What
     is found for a lead depends on no other lead. Raises ``ValueError`` for a similarity outside [0, 1), a budget below

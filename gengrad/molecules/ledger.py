@@ -1,4 +1,4 @@
-"""The scorer's ledger: every different molecule is scored once, never more than the budget, and none twice after a cut."""
+"""The scorer's ledger: each different molecule is scored once, never more than the budget, none twice after a cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from gengrad.files import decode_json
 from gengrad.molecules.objective import Objective
 from gengrad.molecules.scoring import judged, raw_scores, ready
-
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,9 @@ class Ledger:
         if lines and lines[0] != self._head:
             other = [key for key in {**lines[0], **self._head} if lines[0].get(key) != self._head.get(key)]
             told = ", ".join(f"{key} {lines[0].get(key)!r}, now {self._head.get(key)!r}" for key in other)
-            raise ValueError(f"{self._journal} is of another search ({told}): give another --out, or delete that folder")
+            raise ValueError(
+                f"{self._journal} is of another search ({told}): give another --out, or delete that folder"
+            )
         self._known = {line["smiles"]: line for line in lines[1:]}
         self.resumed = len(self._known)
         self._file.truncate(len(whole))

@@ -99,10 +99,9 @@ class Progress:
 
 
 def yields(ledger: Ledger, spent: dict[str, int]) -> dict:
-    """Where the proposals went: proposed, valid, new, scored, refused by each filter, passed, passed within the limit."""
+    """Where the proposals went: proposed, valid, new, scored, refused by each filter, passed, within the limit."""
     members, limit = ledger.members, ledger.objective.settings.per_scaffold
     passed = [m for m in members if m.passed]
     refused = {str(f): sum(f"filter: {f}" in m.notes for m in members) for f in ledger.objective.filters}
     found = {**spent, "scored": len(members), "refused": refused, "passed": len(passed)}
     return {**found, "passed_within_per_scaffold": len(best(passed, None, limit))} if limit else found
-

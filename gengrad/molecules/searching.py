@@ -64,7 +64,9 @@ def run_baseline(
     first = calls if method == "random" else min(settings.population, calls)
     molecules = starting(start, column, first, seed, processes, timeout)
     if method == "random" and len(molecules) < calls:
-        raise ValueError(f"{start} has {len(molecules)} different molecules: --calls {calls} cannot all be spent on them")
+        raise ValueError(
+            f"{start} has {len(molecules)} different molecules: --calls {calls} cannot all be spent on them"
+        )
     ledger = Ledger(objective, calls, out / "calls.jsonl", head)
     progress, began = Progress(ledger), time.monotonic()
     with ledger.open(processes, timeout):
@@ -79,7 +81,7 @@ def run_baseline(
 
 
 def starting(path, column: str | None, n: int, seed: int, processes: int, timeout: float) -> list[str]:
-    """The first n of a file's molecules (standardised, each once) in an order drawn by ``seed``, or n of the library."""
+    """n of a file's molecules (standardised, each once) in an order drawn by ``seed``, or of the library."""
     if path is None:
         return library(n, seed)
     rows = read_molecules(path, column).rows

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.3, 2.7  # inches: two or three side by side on a page, one on a phone
-BINS = 24
+BINS = 24  # at most
 
 
 def property_histogram(
@@ -42,6 +42,10 @@ def property_histogram(
             axes.stairs(share, edges, color=colour, linewidth=1.6, label=name)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
+    if np.all(both == np.round(both)):
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if wished is not None:
         over = axes.twinx()
         over.plot(*wished, color=INK, linewidth=1.1)
@@ -55,7 +59,7 @@ def property_histogram(
 
 
 def bin_edges(values: np.ndarray) -> np.ndarray:
-    """Edges over the range of the values: one bin for each number of a count of few, else 24 equal ones.
+    """Edges over the range of the values: one bin for each number of a count of few, else equal ones, 24 of many.
 
     The outermost 1 % at either side of a long tail (beyond 8 interquartile ranges) share the last bins.
     """
@@ -68,7 +72,7 @@ def bin_edges(values: np.ndarray) -> np.ndarray:
         low, high = max(low, q1 - reach), min(high, q3 + reach)
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, BINS + 1)
+    return np.linspace(low, high, min(BINS, max(8, int(1.4 * len(values) ** 0.5))) + 1)
 
 
 def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> Figure:

@@ -19,8 +19,8 @@ LABELS = {
     "qed": "QED",
     "sa": "SA score",
     "np": "NP-likeness",
-    "weight": "molecular weight (Da)",
-    "tpsa": "TPSA (square angstroms)",
+    "weight": "MW (Da)",
+    "tpsa": "TPSA (Å²)",
     "fsp3": "Fsp3",
     "hba": "H-bond acceptors",
     "hbd": "H-bond donors",
@@ -152,7 +152,7 @@ def _surrogate(found: Folder, add) -> None:
 
 
 def _gain(found: Folder, add) -> None:
-    """Of each molecule against 1 - similarity to its origin; of a flow also of the mean against the way in the latent."""
+    """Of each molecule against 1 - similarity to its origin; of a flow the mean against the way in the latent too."""
     gains, distances = [], []
     totals = {side: found.numbers(side, "total") for side in SIDES}
     near = found.numbers("after", "similarity")
@@ -218,11 +218,11 @@ def _pair(found: Folder, i: int) -> dict:
     card = _card(found, "after", i)
     origin = found.origins()[i]
     if origin is None or origin not in set(found.readable("before")):
-        return {**card, "origin": None}
+        return {**card, "origin": None, "kept": False}
     before = found.tables["before"].smiles[origin]
     both = beside(before, card["smiles"]) if before != card["smiles"] else None
     if both is None:
-        return {**card, "origin": None}
+        return {**card, "origin": None, "kept": before == card["smiles"]}
     card["image"] = uri(both[1])
     near = number(found.numbers("after", "similarity")[i], 2)
     return {**card, "origin": {**_card(found, "before", origin), "image": uri(both[0])}, "similarity": near}

@@ -9,7 +9,7 @@ import torch
 
 from gengrad.files import read_json, sha256_of
 from gengrad.molecules.evaluating import PROPERTIES, alone, compared
-from gengrad.molecules.metrics import Described, describe
+from gengrad.molecules.metrics import Described, describe, describers
 from gengrad.molecules.objective import Objective, load_objective
 from gengrad.molecules.population import Population, read_population
 
@@ -81,10 +81,11 @@ def read_folder(path: Path, processes: int = 1, timeout: float = 10.0) -> Folder
             "which `gengrad molecules baseline`, `optimize` and `flow` write"
         )
     found.digests = {name: sha256_of(path / name) for name in there}
-    for side in SIDES:
-        if f"population_{side}.csv" in there:
-            found.tables[side] = read_population(path / f"population_{side}.csv")
-            found.seen[side] = describe(found.tables[side].smiles, PROPERTIES, processes, timeout)
+    with describers(PROPERTIES, processes, timeout) as workers:
+        for side in SIDES:
+            if f"population_{side}.csv" in there:
+                found.tables[side] = read_population(path / f"population_{side}.csv")
+                found.seen[side] = describe(found.tables[side].smiles, PROPERTIES, workers=workers)
     if "steps.csv" in there:
         found.steps = _table(path / "steps.csv")
     if "leads.csv" in there:

@@ -94,7 +94,8 @@ def facts(found: Folder) -> list[dict]:
     calls = found.notes.get("run.json", {}).get("calls")
     steps = found.steps.get("scorer_calls") or found.steps.get("calls")
     if calls is not None or steps:
-        shown.append({"name": "scorer calls", "before": None, "after": number(calls if calls is not None else steps[-1])})
+        spent = calls if calls is not None else steps[-1]
+        shown.append({"name": "scorer calls", "before": None, "after": number(spent)})
     return shown
 
 
@@ -234,6 +235,7 @@ def provenance(found: Folder) -> dict:
     if limit:
         rows.append(("of each scaffold", f"at most {limit} pass"))
     configs = [("objective.yaml", found.objective_text)] if found.objective_text else []
-    kept = {"run.json": run, "flow.json": {k: v for k, v in flow.items() if k in ("config", "method", "gengrad", "torch")}}
+    flow = {key: value for key, value in flow.items() if key in ("config", "method", "gengrad", "torch")}
+    kept = {"run.json": run, "flow.json": flow}
     configs += [(name, json.dumps(value, indent=1)) for name, value in kept.items() if value]
     return {"facts": rows, "files": list(found.digests.items()), "configs": configs}

@@ -1,4 +1,4 @@
-"""The commands of ``gengrad molecules``: library, prepare, score."""
+"""The commands of ``gengrad molecules`` for files: library, prepare, score; ``cli_populations`` has the others."""
 
 from __future__ import annotations
 

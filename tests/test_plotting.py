@@ -165,7 +165,7 @@ def test_matplotlib_is_imported_only_where_it_draws_and_pyplot_nowhere():
     ],
 )
 def test_nothing_finite_is_no_picture_and_says_so(draw):
-    with pytest.raises(ValueError, match="nothing to draw|no curve to draw"):
+    with pytest.raises(ValueError, match=r"nothing to draw|no curve to draw"):
         draw()
 
 

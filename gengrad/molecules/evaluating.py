@@ -11,7 +11,6 @@ import torch
 
 import gengrad
 from gengrad.files import sha256_of, write_json
-from gengrad.molecules.fcd import check_sizes, frechet_chemnet
 from gengrad.molecules.metrics import METRICS, Described, describe, describers
 from gengrad.molecules.population import Population, read_population
 from gengrad.molecules.progress import TOPS, Top, area_under
@@ -59,6 +58,8 @@ def evaluate_files(
     tables = {name: read_population(path) for name, path in files.items()}
     against = "training" if training else "before"
     if fcd:  # before the work, which the size may make useless
+        from gengrad.molecules.fcd import check_sizes, frechet_chemnet  # brings in the evaluation of images
+
         check_sizes(len(tables["after"].smiles), len(tables[against].smiles), any_size)
     with describers(PROPERTIES, processes, timeout) as workers:
         seen = {name: describe(table.smiles, PROPERTIES, workers=workers) for name, table in tables.items()}

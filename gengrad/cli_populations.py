@@ -23,7 +23,11 @@ def add_populations(commands, positive) -> None:
     _add_search(improve, positive)
     improve.add_argument("--similarity", type=float, default=0.4, help="Tanimoto to the lead, at least (default 0.4)")
     improve.add_argument("--calls", type=int, required=True, metavar="N", help="scorer calls for each lead")
-    improve.add_argument("--proposer", default="graph", help="where molecules come from (default graph)")
+    improve.add_argument(
+        "--proposer",
+        default="graph",
+        help="where molecules come from (default graph); with settings as '{name: graph, mutation_rate: 1.0}'",
+    )
     improve.add_argument("--keep", type=positive, default=1, help="best molecules kept of each lead (default 1)")
     improve.set_defaults(command=optimize)
 
@@ -83,14 +87,17 @@ def baseline(given) -> int:
 def optimize(given) -> int:
     """``gengrad molecules optimize leads.smi --objective objective.yaml --similarity 0.4 --calls 100 --out FOLDER``"""
     from gengrad.molecules.leads import LeadSearch, run_leads
+    from gengrad.strict_yaml import parse_yaml
 
+    named = given.proposer.lstrip().startswith("{")
+    proposer = parse_yaml(given.proposer, "--proposer") if named else {"name": given.proposer}
     found = run_leads(
         given.leads,
         given.objective,
         given.similarity,
         given.calls,
         given.out,
-        proposer={"name": given.proposer},
+        proposer=proposer,
         settings=LeadSearch(keep=given.keep),
         **_common(given),
     )

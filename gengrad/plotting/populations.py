@@ -10,6 +10,7 @@ import numpy as np
 from .style import CURVES, INK, MARKERS, PALE_INK, SAMPLES, SOURCE, curve_panel, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.3, 2.7  # inches: two or three side by side on a page, one on a phone
@@ -42,10 +43,7 @@ def property_histogram(
             axes.stairs(share, edges, color=colour, linewidth=1.6, label=name)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
-    if np.all(both == np.round(both)):
-        from matplotlib.ticker import MaxNLocator
-
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_ticks(axes, both)
     if wished is not None:
         over = axes.twinx()
         over.plot(*wished, color=INK, linewidth=1.1)
@@ -89,6 +87,7 @@ def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: st
         marker = MARKERS[k % len(MARKERS)] if len(x) <= 25 else None
         axes.plot(x, values, color=CURVES[k % len(CURVES)], marker=marker, markersize=4, linewidth=1.8, label=name)
     curve_panel(axes, xlabel, ylabel)
+    _whole_ticks(axes, x)
     if len(shown) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
@@ -102,7 +101,8 @@ def gain_against_distance(distance: Sequence[float], gain: Sequence[float], xlab
     x, y = _finite(distance, gain)
     figure, (axes,) = new_figure(1, WIDTH, HEIGHT)
     axes.axhline(0, color=PALE_INK, linewidth=0.9)
-    axes.scatter(x, y, s=12, color=SAMPLES, alpha=0.4, linewidths=0)
+    size, alpha = (30, 0.8) if len(x) <= 50 else (12, 0.4)
+    axes.scatter(x, y, s=size, color=SAMPLES, alpha=alpha, linewidths=0)
     if len(x) >= 24:
         parts = np.array_split(np.argsort(x, kind="stable"), 8)
         middle = [(np.median(x[part]), np.median(y[part])) for part in parts]
@@ -131,6 +131,14 @@ def predicted_against_true(
     if len(pairs) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
+
+
+def _whole_ticks(axes: Axes, x: np.ndarray) -> None:
+    """Only whole numbers on the axis of counts and steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    if np.all(x == np.round(x)):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _finite(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

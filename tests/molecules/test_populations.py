@@ -175,6 +175,7 @@ BAD = {  # command line after `molecules` -> what the message says
     "optimize two.smi --objective qed.yaml --calls 1 --out out": ["at least 2"],
     "optimize bad.smi --objective qed.yaml --calls 5 --out out": ["none of 1 rows is a molecule"],
     "optimize two.smi --objective qed.yaml --calls 5 --proposer latnt --out out": ["unknown proposer 'latnt'", "graph"],
+    "optimize two.smi --objective qed.yaml --calls 5 --proposer {name:graph} --out out": ["unknown proposer None"],
     "evaluate two.smi bad.smi": ["none of 1 rows is a molecule"],
     "evaluate empty.smi two.smi": ["empty"],
     "evaluate no.csv two.smi": ["no SMILES column"],

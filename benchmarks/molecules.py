@@ -1,6 +1,10 @@
-"""Molecules per second: preparing a file, and scoring by QED, SA, logP and alerts, on 1 and 2 processes.
+"""Molecules per second: preparing a file, and scoring by QED, SA, logP and alerts; baselines at equal scorer calls.
 
     python benchmarks/molecules.py [--parts prepare,score] [--data FILE] [--n 20000] [--processes 1,2] [--out FILE]
+    python benchmarks/molecules.py --parts baselines [--calls 2000] [--seeds 0,1]
+
+Baselines: random screening of the enumerated library and a genetic algorithm that starts with its first 100 molecules,
+on QED (weight 1) and logP between 1 and 3 (weight 1), geometric mean.
 
 Without --data the enumerated library stands in, which is cleaner than a real set. Seconds are of the wall clock and
 hold the start of the worker processes; CPU-seconds are of all processes. Parts that the JSON holds at
@@ -10,9 +14,11 @@ the same n, data and processes are not measured again.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import resource
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -25,6 +31,7 @@ from gengrad.molecules.objective import read_objective
 from gengrad.molecules.prepare import prepare
 from gengrad.molecules.reading import Row, read_molecules
 from gengrad.molecules.scoring import score
+from gengrad.molecules.searching import run_baseline
 
 WINDOW = {"name": "linear", "low": 0.0, "high": 10.0}
 OBJECTIVE = {
@@ -62,21 +69,63 @@ def measure(part: str, rows: list[Row], processes: int) -> dict:
     }
 
 
+WISHED = {
+    "components": [
+        {"scorer": "qed"},
+        {"scorer": "logp", "transform": {"name": "double_sigmoid", "low": 1.0, "high": 3.0}},
+    ]
+}
+FIGURES = ("top_1", "top_10", "top_100", "auc_top_10", "diversity_top_100")
+
+
+def baselines(report: dict, given) -> None:
+    """Random screening and graph-ga at the same number of scorer calls, a cell for each method and seed."""
+    header = ["method", "seed", "calls", *(name.replace("_", " ") for name in FIGURES), "seconds", "CPU-seconds"]
+    print(f"| {' | '.join(header)} |", "| --- " * len(header) + "|", sep="\n")
+    for method in ("random", "graph-ga"):
+        for seed in map(int, given.seeds.split(",")):
+            key = f"baseline/{method}/{given.calls}/{seed}"
+            if key not in report:
+                report[key] = measure_baseline(method, given.calls, seed)
+                write_json(given.out, report)
+            cell = report[key]
+            figures = " | ".join(f"{cell[name]:.4f}" for name in FIGURES)
+            times = f"{cell['wall_seconds']:.0f} | {cell['cpu_seconds']:.0f}"
+            print(f"| {method} | {seed} | {cell['calls']:,} | {figures} | {times} |", flush=True)
+
+
+def measure_baseline(method: str, calls: int, seed: int) -> dict:
+    """One cell, on one process: the last row of steps.csv, and what it took, the start of the workers included."""
+    with tempfile.TemporaryDirectory() as folder:
+        objective = Path(folder) / "objective.yaml"
+        objective.write_text(json.dumps(WISHED))  # which is YAML as well
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        found = run_baseline(method, objective, calls, Path(folder) / "out", seed=seed)
+        wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    where = {"load": os.getloadavg()[0], "machine": platform.machine(), "date": date.today().isoformat()}
+    last = {name: found["last_step"][name] for name in ("calls", *FIGURES)}
+    return {**last, "wall_seconds": wall, "cpu_seconds": cpu, **where, "rdkit": rdkit.__version__}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", default="prepare,score")
     parser.add_argument("--data", type=Path, default=None, help="a file of molecules (default: the library)")
     parser.add_argument("--n", type=int, default=20_000, help="the first n molecules")
     parser.add_argument("--processes", default="1,2")
+    parser.add_argument("--calls", type=int, default=2000, help="of each baseline")
+    parser.add_argument("--seeds", default="0,1", help="of the baselines")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "molecules.json")
     given = parser.parse_args()
     report = read_json(given.out) if given.out.exists() else {}
+    if given.parts == "baselines":
+        return baselines(report, given)
     name = given.data.name if given.data else "library"
     rows = None
     print("| part | data | processes | molecules | per second | per CPU-second |", "| --- " * 6 + "|", sep="\n")
     for part in given.parts.split(","):
         if part not in ("prepare", "score"):
-            raise SystemExit(f"--parts {part}: allowed are prepare, score")
+            raise SystemExit(f"--parts {part}: allowed are prepare, score, or baselines by itself")
         for processes in map(int, given.processes.split(",")):
             key = f"{part}/{name}/{given.n}/{processes}"
             if key not in report:

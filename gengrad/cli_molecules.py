@@ -1,10 +1,12 @@
-"""The commands of ``gengrad molecules``: library, prepare, score."""
+"""The commands of ``gengrad molecules`` for files: library, prepare, score; ``cli_populations`` has the others."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+
+from gengrad.cli_populations import add_populations
 
 
 def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
@@ -39,6 +41,7 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
     judge.add_argument("--objective", type=Path, required=True, metavar="FILE.yaml")
     judge.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
     judge.set_defaults(command=score)
+    add_populations(commands, positive)
 
 
 def _add_file(parser: argparse.ArgumentParser, positive) -> None:

@@ -16,7 +16,7 @@ ALLOWED = {
     "ot": set(),
     "networks": set(),
     "functionals": {"ot"},
-    "molecules": set(),
+    "molecules": {"data", "evaluation", "plotting"},
     "flows": {"functionals", "networks", "data", "ot"},
     "methods": {"data", "ot", "networks", "functionals", "flows"},
     "training": {"data", "flows", "methods"},

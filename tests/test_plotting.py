@@ -1,6 +1,7 @@
 """Pictures: they show what they were given, touch no global state, and write files that open again."""
 
 import ast
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,14 @@ def drawn(figure) -> np.ndarray:
 POINTS = normal(6, 50, 2) + torch.linspace(0, 5, 6)[:, None, None]
 IMAGES = normal(4, 9, 1, 8, 8).clamp(-1, 1)
 SUMMARY = {"mean": 0.5, "std": 0.1, "floor": {"mean": 0.4, "std": 0.1}}
+X = normal(60).tolist()
 PICTURES = {
+    "histogram": lambda: plotting.property_histogram(X, [x / 2 for x in X], "a", ([-1, 1], [0, 1]), (None, 0.5)),
+    "histogram of one side": lambda: plotting.property_histogram([], [1.0, 2.0, math.nan], "rings"),
+    "histogram of one value": lambda: plotting.property_histogram([0.5], [0.5, 0.5], "a"),
+    "curves": lambda: plotting.curves([0, 1, 2], {"a": [1, math.nan, 3], "b": [0, 0, 0]}, "x", "y"),
+    "gain": lambda: plotting.gain_against_distance(X, X[::-1], "x", "y"),
+    "prediction": lambda: plotting.predicted_against_true(X, {"a": X, "b": X[::-1]}, "x", "y"),
     "scatter": lambda: plotting.scatter(POINTS[-1], target=normal(50, 2), source=POINTS[0], title="a"),
     "scatter of samples alone": lambda: plotting.scatter(POINTS[-1]),
     "scatter in 64 dimensions": lambda: plotting.scatter(normal(30, 64), target=normal(40, 64)),
@@ -146,3 +154,29 @@ def test_matplotlib_is_imported_only_where_it_draws_and_pyplot_nowhere():
     anywhere = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {name for name in at_import if name.startswith(("matplotlib", "PIL"))}
     assert "matplotlib.figure" in anywhere and not {name for name in anywhere if "pyplot" in name}
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plotting.property_histogram([math.nan], [], "a"),
+        lambda: plotting.curves([0], {"a": [math.nan]}, "x", "y"),
+        lambda: plotting.gain_against_distance([math.nan], [1.0], "x", "y"),
+    ],
+)
+def test_nothing_finite_is_no_picture_and_says_so(draw):
+    with pytest.raises(ValueError, match=r"nothing to draw|no curve to draw"):
+        draw()
+
+
+def test_a_count_has_a_bin_for_each_number_and_a_far_outlier_does_not_flatten_the_rest():
+    from gengrad.plotting.populations import bin_edges
+
+    assert bin_edges(np.array([1.0, 3.0, 2.0])).tolist() == [0.5, 1.5, 2.5, 3.5]
+    values = np.append(np.linspace(0, 1, 100), 1e6)
+    assert bin_edges(values)[-1] < 10
+
+
+def test_the_same_figure_is_the_same_svg_without_an_address_to_fetch():
+    texts = [plotting.svg(plotting.curves([0, 1], {"a": [0, 1]}, "x", "y")) for _ in range(2)]
+    assert texts[0] == texts[1] and b"<svg" in texts[0] and b'href="http' not in texts[0]

@@ -8,66 +8,19 @@ A batch is described once (``describe``) and given to any number of metrics:
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
 
 import torch
 from pydantic import Field
-from rdkit import Chem, rdBase
 from torch import Tensor
 from torchmetrics import Metric
 
-import gengrad.molecules.scorers  # noqa: F401 - registers the scorers
-from gengrad.molecules.properties import scaffold
-from gengrad.molecules.references import morgan
-from gengrad.registry import METRICS, SCORERS, Settings
+from gengrad.molecules.described import USUAL, Described, describe, describers
+from gengrad.registry import METRICS, Settings
+
+__all__ = ["METRICS", "USUAL", "Described", "describe", "describers", "tanimoto", "wasserstein_1"]
 
 ROWS = 512  # fingerprints compared at once: bounds the memory, changes no result beyond rounding
-
-
-@dataclass(frozen=True)
-class Described:
-    """A batch of m SMILES of which n can be read.
-
-    ``valid`` (m,) bool; of the valid ones ``molecules`` and ``scaffolds`` (n,) int64 hashes, ``fingerprints`` (n, 2048)
-    uint8 (Morgan, radius 2) and ``properties`` {scorer: (n,) float64}.
-    """
-
-    valid: Tensor
-    molecules: Tensor
-    scaffolds: Tensor
-    fingerprints: Tensor
-    properties: dict[str, Tensor]
-
-
-def describe(smiles: Sequence[str], properties: Sequence[str] = ("qed", "sa", "logp", "weight")) -> Described:
-    """Parses every SMILES once; valid is one that RDKit reads and that has a heavy atom (an empty one has none)."""
-    scorers = {name: SCORERS.build({"name": name}) for name in properties}
-    valid, molecules, scaffolds, values, bits = [], [], [], [], []
-    with rdBase.BlockLogs():
-        for text in smiles:
-            mol = Chem.MolFromSmiles(text)
-            valid.append(mol is not None and mol.GetNumHeavyAtoms() > 0)
-            if valid[-1]:
-                molecules.append(hashed(Chem.MolToSmiles(mol)))
-                scaffolds.append(hashed(scaffold(mol)))
-                bits.append(torch.from_numpy(morgan().GetFingerprintAsNumPy(mol)))
-                values.append([float(scorer.score(mol)) for scorer in scorers.values()])
-    columns = torch.tensor(values, dtype=torch.float64).reshape(len(values), len(scorers)).T
-    fingerprints = torch.stack(bits) if bits else torch.empty(0, 2048, dtype=torch.uint8)
-    return Described(
-        torch.tensor(valid, dtype=torch.bool),
-        torch.tensor(molecules, dtype=torch.long),
-        torch.tensor(scaffolds, dtype=torch.long),
-        fingerprints.to(torch.uint8),
-        dict(zip(scorers, columns)),
-    )
-
-
-def hashed(text: str) -> int:
-    """63 bits of BLAKE2 of a string; two of a million different ones meet with probability 5e-8."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def tanimoto(a: Tensor, b: Tensor) -> Tensor:
@@ -186,17 +139,30 @@ class ScaffoldDiversity(MoleculeMetric):
         return torch.tensor(len(x.unique()) / len(x), dtype=torch.float64)
 
 
-@METRICS.register("scaffold_cosine")
-class ScaffoldCosine(MoleculeMetric):
-    """<a, b> / |a| |b| of how often each scaffold comes here and in the reference (MOSES' Scaff)."""
+class Cosine(MoleculeMetric):
+    """Base: <a, b> / |a| |b| of how often each thing comes here and in the reference."""
 
-    gathers, compares = "scaffolds", True
+    compares = True
 
     def of(self, x):
-        y = self.reference.scaffolds.to(x.device)
+        y = self.field(self.reference).to(x.device)
         known, place = torch.cat([x, y]).unique(return_inverse=True)
         a, b = (torch.bincount(part, minlength=len(known)).double() for part in place.split([len(x), len(y)]))
         return (a @ b) / (a.norm() * b.norm())
+
+
+@METRICS.register("scaffold_cosine")
+class ScaffoldCosine(Cosine):
+    """The cosine of the counts of Murcko scaffolds (MOSES' Scaff)."""
+
+    gathers = "scaffolds"
+
+
+@METRICS.register("fragment_cosine")
+class FragmentCosine(Cosine):
+    """The cosine of the counts of BRICS fragments (MOSES' Frag)."""
+
+    gathers = "fragments"
 
 
 @METRICS.register("circles")
@@ -232,7 +198,8 @@ class PropertyMetric(MoleculeMetric):
                 f"metric {self.name!r}: {self.config.property!r} was not described; there are "
                 f"{', '.join(known)}. Name it: describe(smiles, properties=[...])"
             )
-        return known[self.config.property]
+        values = known[self.config.property]
+        return values[~values.isnan()]
 
 
 @METRICS.register("property_mean")
@@ -259,6 +226,44 @@ class PropertyWasserstein(PropertyMetric):
 
     def of(self, x):
         return wasserstein_1(x, self.field(self.reference).to(x))
+
+
+@METRICS.register("filters")
+class Filters(PropertyMetric):
+    """The share of valid molecules without a structural alert: ``alerts`` is 0 (MOSES' Filters, with RDKit's own)."""
+
+    class Config(Settings):
+        property: str = "alerts"
+
+    def of(self, x):
+        return (x == 0).double().mean()
+
+
+@METRICS.register("property_kl")
+class PropertyKL(PropertyMetric):
+    """KL(reference || here) of a property, both as Gaussian kernel density estimates with Scott's bandwidth.
+
+    int p log(p / q) over the reference's range widened by its deviation, on 1,000 points, q floored at 1e-10 (the
+    descriptors' part of GuacaMol's KL score, which is the mean of exp(-KL)). NaN where either has no spread.
+    """
+
+    compares = True
+
+    def of(self, x):
+        y = self.field(self.reference).to(x)
+        if len(x) < 2 or len(y) < 2 or x.std() == 0 or y.std() == 0:
+            return torch.tensor(math.nan, dtype=torch.float64)
+        t = torch.linspace((y.min() - y.std()).item(), (y.max() + y.std()).item(), 1000, dtype=torch.float64)
+        p, q = (kernel_density(part.double(), t).clamp(min=1e-10) for part in (y, x))
+        p, q = p / p.sum(), q / q.sum()
+        return (p * (p / q).log()).sum()
+
+
+def kernel_density(x: Tensor, t: Tensor) -> Tensor:
+    """1 / (n h) sum_i N((t - x_i) / h) of a sample (n,) at points (m,), h = std n^(-1/5)."""
+    h = x.std() * len(x) ** -0.2
+    parts = [torch.exp(-(((t[:, None] - rows[None]) / h) ** 2) / 2).sum(1) for rows in x.split(ROWS)]
+    return sum(parts) / (len(x) * h * math.sqrt(2 * math.pi))
 
 
 def wasserstein_1(x: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -39,9 +40,16 @@ def checked(answer: Answer) -> Answer:
 
 
 class Outside(Scorer):
-    """A scorer that runs in processes of its own: ``answers`` gives a number or a problem for each SMILES."""
+    """A scorer that runs in processes of its own: ``answers`` gives a number or a problem for each SMILES.
+
+    ``with scorer.kept(processes):`` keeps them from one call to the next, where the scorer can.
+    """
 
     outside = True
+
+    def kept(self, processes: int):
+        """A context in which the processes stay; here there are none to keep."""
+        return contextlib.nullcontext()
 
     def answers(self, smiles: Sequence[str], processes: int = 1) -> list[Answer]:
         raise NotImplementedError
@@ -62,11 +70,24 @@ class PythonFile(Outside):
         path: str = Field(min_length=1)
         timeout: float = Field(10.0, gt=0)
 
-    def answers(self, smiles, processes=1):
+    _workers: Workers | None = None
+
+    def _started(self, processes: int) -> Workers:
         path = Path(self.config.path)
         if not path.is_file():
             raise ValueError(f"scorer python: no file {path}; give the path of a Python file with score(smiles)")
-        workers = Workers("python", {"path": str(path.absolute())}, processes, self.config.timeout)
+        return Workers("python", {"path": str(path.absolute())}, processes, self.config.timeout)
+
+    @contextlib.contextmanager
+    def kept(self, processes):
+        with self._started(processes) as self._workers:
+            try:
+                yield
+            finally:
+                self._workers = None
+
+    def answers(self, smiles, processes=1):
+        workers = self._workers or self._started(processes)
         return [checked(answer) for answer in workers.map(list(smiles))]
 
 

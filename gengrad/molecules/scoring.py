@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +45,7 @@ def score(objective: Objective, smiles: Sequence[str], processes: int = 1, timeo
     """Scores every SMILES, equal ones once; ``timeout`` is in seconds per molecule for RDKit's properties."""
     unique = list(dict.fromkeys(smiles))
     properties, scaffolds, notes = raw_scores(objective, unique, processes, timeout)
-    s = objective.desirabilities(properties)
-    held = objective.passes(properties)
-    total = objective.totals(s)
-    passed = held.all(1) & ~total.isnan()
-    total = torch.where(held.all(1), total, torch.zeros_like(total))
+    s, held, total, passed = judged(objective, properties)
     for i, row in enumerate(held.tolist()):
         notes[i] += [f"filter: {f}" for f, holds in zip(objective.filters, row) if not holds]
     if objective.settings.per_scaffold:
@@ -67,15 +64,39 @@ def score(objective: Objective, smiles: Sequence[str], processes: int = 1, timeo
     )
 
 
+def judged(objective: Objective, properties: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Desirabilities (n, components), filters held (n, filters), totals and passed (n,) of properties (n, scorers)."""
+    s, held = objective.desirabilities(properties), objective.passes(properties)
+    total = objective.totals(s)
+    passed = held.all(1) & ~total.isnan()
+    return s, held, torch.where(held.all(1), total, torch.zeros_like(total)), passed
+
+
+@contextmanager
+def ready(objective: Objective, processes: int = 1, timeout: float = 10.0):
+    """Worker processes for ``raw_scores``, kept until the end of the block; they start when they are first needed."""
+    settings = [settings_of(scorer) for scorer in objective.scorers if not scorer.outside]
+    with ExitStack() as stack:
+        for scorer in objective.scorers:
+            if scorer.outside:
+                stack.enter_context(scorer.kept(processes))
+        yield stack.enter_context(Workers("score", {"scorers": settings}, processes, timeout))
+
+
 def raw_scores(
-    objective: Objective, smiles: list[str], processes: int, timeout: float
+    objective: Objective, smiles: list[str], processes: int, timeout: float, workers: Workers | None = None
 ) -> tuple[Tensor, list[str], list[list[str]]]:
-    """Properties (n, scorers) in float64 with NaN, scaffolds, and for each molecule what went wrong."""
+    """Properties (n, scorers) in float64 with NaN, scaffolds, and for each molecule what went wrong.
+
+    ``workers``: those of ``with ready(objective) as workers``, where many batches are scored one after the other.
+    """
+    if workers is None:
+        with ready(objective, processes, timeout) as workers:
+            return raw_scores(objective, smiles, processes, timeout, workers)
     inside = [i for i, scorer in enumerate(objective.scorers) if not scorer.outside]
     properties = torch.full((len(smiles), len(objective.scorers)), math.nan, dtype=torch.float64)
     scaffolds, notes = [""] * len(smiles), [[] for _ in smiles]
-    settings = [settings_of(objective.scorers[i]) for i in inside]
-    for row, answer in enumerate(Workers("score", {"scorers": settings}, processes, timeout).map(smiles)):
+    for row, answer in enumerate(workers.map(smiles)):
         if answer.problem is not None:
             notes[row].append(answer.problem)
             continue

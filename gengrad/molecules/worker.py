@@ -44,6 +44,22 @@ def python_task(path: str) -> Callable:
     return lambda smiles: plain(module.score(smiles))
 
 
+def breed_task(mutation_rate: float, max_atoms: int) -> Callable:
+    """Item (SMILES, SMILES or None, seed) -> a child's SMILES, or None."""
+    from gengrad.molecules.moves import breed
+
+    return lambda item: breed(*item, mutation_rate, max_atoms)
+
+
+def describe_task(properties: list[str]) -> Callable:
+    """Item SMILES -> what ``describing.look`` finds in it."""
+    from gengrad.molecules.describing import look
+    from gengrad.registry import SCORERS
+
+    scorers = [SCORERS.build({"name": name}) for name in properties]
+    return lambda smiles: look(smiles, scorers)
+
+
 def plain(value: object) -> object:
     """Numbers of NumPy and PyTorch as Python's; anything else is described, for the reader to refuse."""
     if isinstance(value, (bool, str)) or value is None:
@@ -54,7 +70,13 @@ def plain(value: object) -> object:
         return repr(value)[:200]
 
 
-TASKS = {"standardise": standardise_task, "score": score_task, "python": python_task}
+TASKS = {
+    "standardise": standardise_task,
+    "score": score_task,
+    "python": python_task,
+    "breed": breed_task,
+    "describe": describe_task,
+}
 
 
 def answer(work: Callable, item: object) -> dict:

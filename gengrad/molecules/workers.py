@@ -51,6 +51,7 @@ class Child:
             reason = error.strerror or error
             raise ValueError(f"cannot start {command[0]}: {reason}. Give an executable file.") from None
         self._read = b""
+        self.stopped = False
 
     def line(self, seconds: float) -> bytes | None:
         """The next line of its output, None where the output ends; raises ``TimeoutError``, ``OverflowError``."""
@@ -81,6 +82,7 @@ class Child:
 
     def stop(self) -> None:
         """Kills it and everything it started; another thread may still be reading."""
+        self.stopped = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -98,16 +100,28 @@ class Workers:
 
     ``map`` gives one ``Answer`` per item, in their order, whatever the number of processes. An item that takes more
     than ``timeout`` seconds, or at which the worker dies, is reported; the others go to a new worker. After
-    ``give_up`` such items in a row the rest is not tried, and says so.
+    ``give_up`` such items in a row the rest is not tried, and says so. ``with Workers(...) as workers`` keeps the
+    processes from one ``map`` to the next, for starting one takes longer than many items do.
     """
 
     def __init__(self, task: str, settings: dict, processes: int = 1, timeout: float = 10.0, give_up: int = 20):
         self.head = json.dumps({"task": task, "settings": settings}).encode() + b"\n"
         self.processes, self.timeout, self.give_up = processes, timeout, give_up
         self._children: set[Child] = set()
+        self._idle: list[Child] = []  # that wait for the next map
+        self._kept = False
         self._stopped = False
         self._failures = 0
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Workers:
+        self._kept = True
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._kept = False
+        while self._idle:
+            self._idle.pop().kill()
 
     def map(self, items: Sequence) -> list[Answer]:
         """One answer per item; raises ``ValueError`` when the worker cannot take up the task at all."""
@@ -176,19 +190,34 @@ class Workers:
                         except IndexError:
                             break
                 if problem is not None:
+                    child.stop()
                     answers[piece.popleft()] = Answer(problem=problem)
                     self._failures += 1
 
     @contextlib.contextmanager
     def _worker(self):
-        """A worker that has taken up the task, killed at the end."""
-        child = self._start()
-        try:
-            yield child
-        finally:
+        """A worker that has taken up the task; killed at the end, unless it is kept and well."""
+        with self._lock:
+            child = self._idle.pop() if self._idle else None
+            if child is not None:
+                self._children.add(child)
+        if child is not None and child.process.poll() is not None:  # it died while it had nothing to do
             with self._lock:
                 self._children.discard(child)
             child.kill()
+            child = None
+        child = child or self._start()
+        well = False
+        try:
+            yield child
+            well = self._kept and not self._stopped and not child.stopped
+        finally:
+            with self._lock:
+                self._children.discard(child)
+                if well:
+                    self._idle.append(child)
+            if not well:
+                child.kill()
 
     def _ask(self, child: Child, piece: deque, items: Sequence, answers: list) -> str | None:
         """Answers the items of ``piece`` from the left; the problem of the first one left, None when all is done."""

@@ -9,16 +9,21 @@ from .curves import loss_curve, quality_against_nfe, running_median
 from .densities import density_figure, density_gif, energy_figure
 from .images import image_grid, on_the_way, side_by_side, strips
 from .points import Plane, scatter, snapshots, trajectory_figure, trajectory_gif
-from .style import save, write_gif
+from .populations import curves, gain_against_distance, predicted_against_true, property_histogram
+from .style import save, svg, write_gif
 
 __all__ = [
     "Plane",
+    "curves",
     "density_figure",
     "density_gif",
     "energy_figure",
+    "gain_against_distance",
     "image_grid",
     "loss_curve",
     "on_the_way",
+    "predicted_against_true",
+    "property_histogram",
     "quality_against_nfe",
     "running_median",
     "save",
@@ -26,6 +31,7 @@ __all__ = [
     "side_by_side",
     "snapshots",
     "strips",
+    "svg",
     "trajectory_figure",
     "trajectory_gif",
     "write_gif",

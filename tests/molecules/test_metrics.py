@@ -1,5 +1,7 @@
 """Metrics of populations by hand, and what every registered one promises."""
 
+import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -7,15 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengrad.molecules.metrics import METRICS, describe, tanimoto, wasserstein_1
+from gengrad.molecules.fcd import features, frechet_chemnet
+from gengrad.molecules.metrics import METRICS, USUAL, describe, kernel_density, tanimoto, wasserstein_1
+from gengrad.molecules.workers import Workers
 
 A = ["CCO", "OCC", "c1ccccc1C", "hello", "c1ccccc1CC", "", "C1CC1"]
 B = ["CCO", "c1ccccc1CCC", "CCN"]
 
 
+pytestmark = pytest.mark.usefixtures("in_process_for_all")
+known = functools.cache(lambda *smiles: describe(smiles, (*USUAL, "alerts")))  # a worker takes a second to start
+
+
 @pytest.fixture(scope="module")
-def described():
-    return describe(A), describe(B)
+def described(in_process_for_all):
+    return known(*A), known(*B)
 
 
 def metric(name, b, **settings):
@@ -52,7 +60,7 @@ def test_tanimoto_by_hand_and_diversity_from_it():
 
 
 def test_one_molecule_many_times_has_no_diversity_and_is_next_to_itself(described):
-    a = describe(["CCO"] * 5)
+    a = known(*["CCO"] * 5)
     assert value("internal_diversity", a, a) == 0 and value("nearest_similarity", a, described[1]) == 1
     assert value("circles", a, a) == 1
 
@@ -85,11 +93,11 @@ def test_the_example_of_the_docs_gives_what_it_says(capsys):
 def test_a_metric_of_two_batches_is_that_of_both_and_of_nothing_is_nan(name, described):
     a, b = described
     judge = metric(name, b)
-    judge.update(describe([]))
+    judge.update(describe([], (*USUAL, "alerts")))
     assert math.isnan(judge.compute().item())
     judge.reset()
-    judge.update(describe(A[:3]))
-    judge.update(describe(A[3:]))
+    judge.update(known(*A[:3]))
+    judge.update(known(*A[3:]))
     assert judge.compute().item() == pytest.approx(value(name, a, b), abs=1e-12)
 
 
@@ -97,3 +105,63 @@ def test_a_metric_of_two_batches_is_that_of_both_and_of_nothing_is_nan(name, des
 def test_a_metric_that_compares_asks_for_its_reference(name):
     with pytest.raises(ValueError, match="reference=describe"):
         METRICS.build({"name": name})
+
+
+def test_a_molecule_that_hangs_is_not_valid_and_the_others_are_described(tmp_path, monkeypatch):
+    monkeypatch.setattr(Workers, "map", REAL)
+    # a worker that sleeps at the SMILES "N", in the place of a molecule that hangs RDKit
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = describe(["CCO", "N", "CCN"], (), timeout=8.0)
+    assert found.valid.tolist() == [True, False, True] and found.smiles == ["CCO", "CCN"]
+
+
+REAL = Workers.map
+SLOW = """
+import time
+from rdkit import Chem
+original = Chem.MolFromSmiles
+Chem.MolFromSmiles = lambda text, *more: (time.sleep(1000) if text == "N" else None) or original(text, *more)
+"""
+
+
+def test_fragments_alerts_and_canonical_smiles_are_those_of_the_molecules(described):
+    a, b = described
+    assert a.smiles[1] == "CCO" and len(a.smiles) == 5
+    assert value("filters", known("CC=O", "CCO"), b) == 0.5  # an aldehyde is an alert
+    # anisole is cut into two pieces by BRICS, ethane into none
+    assert len(known("COc1ccccc1").fragments) == 2 and len(known("CC").fragments) == 1
+    assert value("fragment_cosine", known("CC", "CC", "COc1ccccc1"), known("CC")) == pytest.approx(2 / math.sqrt(6))
+
+
+def test_kl_of_two_normals_is_that_of_the_closed_form_and_of_itself_nothing():
+    x = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64))
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    h2 = x.std().item() ** 2 * (1 + 1000**-0.4)  # the kernel adds its own variance
+    exact = [math.exp(-(u**2) / (2 * h2)) / math.sqrt(2 * math.pi * h2) for u in t.tolist()]
+    assert kernel_density(x, t).tolist() == pytest.approx(exact, rel=0.01)
+    judge = METRICS.build({"name": "property_kl", "property": "weight"}, reference=known(*A))
+    judge.update(known(*A))
+    assert judge.compute().item() == pytest.approx(0, abs=1e-12)
+    judge.reference = dataclasses.replace(judge.reference, properties={"weight": x})
+    # of shifted copies with the range cut off at one deviation beyond: KL = shift^2 / 2 sigma^2
+    assert judge.of(x + 0.5).item() == pytest.approx(0.25 / (2 * h2), rel=0.05)
+
+
+def test_the_frechet_distance_is_refused_for_few_molecules_and_tells_its_floor_where_asked(monkeypatch):
+    with pytest.raises(ValueError, match=r"5,000 on either side.*--fcd-at-any-size"):
+        frechet_chemnet(["CCO"] * 10, ["CCO"] * 6000)
+    # features of one's own: the distance of N(m, 0) from N(0, 0) is m^2, of a set from itself 0
+    numbers = {"C" * k: float(k % 2) for k in range(1, 9)}
+    monkeypatch.setattr("gengrad.molecules.fcd.features", lambda smiles: torch.tensor([[numbers[s]] for s in smiles]))
+    found = frechet_chemnet(list(numbers), list(numbers), any_size=True)
+    assert found["fcd"] == pytest.approx(0, abs=1e-9) and found["biased"] and found["floor_n"] == 4
+    shifted = frechet_chemnet(["C"] * 4, ["CC"] * 8, any_size=True)
+    assert shifted["fcd"] == pytest.approx(1.0) and shifted["floor"] == 0
+
+
+def test_the_features_of_chemnet_are_those_of_the_package_itself():
+    fcd_torch = pytest.importorskip("fcd_torch")
+    package = fcd_torch.FCD(device="cpu", canonize=False)
+    expected = torch.from_numpy(package.get_predictions(["CCO", "c1ccccc1"]))
+    assert torch.allclose(features(["CCO", "c1ccccc1"]), expected, atol=1e-6)

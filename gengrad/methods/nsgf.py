@@ -103,6 +103,11 @@ class NSGF(Method):
         found = {"method.ot_batch": (c.ot_batch, c.ot_scope != "global")}
         return found | {"method.target_batch": (c.target_batch or c.ot_batch, c.ot_scope == "local")}
 
+    def plans(self, batch_size: int) -> dict[str, tuple[int, int]]:
+        c = self.config
+        targets = f" with method.target_batch={c.target_batch}" if c.target_batch else ""
+        return {f"method.ot_batch={c.ot_batch}{targets}": (c.ot_batch, c.target_batch or c.ot_batch)}
+
     def refusals(self, classes: int | None) -> list[str]:
         c = self.config
         if classes and (c.ot_scope == "rows" or c.target_batch not in (None, c.ot_batch)):

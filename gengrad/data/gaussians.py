@@ -9,11 +9,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from gengrad.data.base import Distribution
+from gengrad.data.base import LARGEST, Distribution
 from gengrad.registry import DATASETS, Settings
 
-Positive = Annotated[float, Field(gt=0)]
-Vector = Annotated[list[float], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+Vector = Annotated[list[Annotated[float, Field(ge=-LARGEST, le=LARGEST)]], Field(min_length=1)]
 Matrix = list[list[float]]
 
 # radius of a mode in its standard deviations: it holds 1 - exp(-9/2) = 98.9 % of its mass in two dimensions

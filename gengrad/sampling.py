@@ -19,7 +19,7 @@ from gengrad.evaluation.features import Extractor, extractor, inception_weights
 from gengrad.evaluation.fid import Statistics, image_scores, reference_statistics
 from gengrad.evaluation.report import format_table, image_row, table_row
 from gengrad.evaluation.shards import Shards
-from gengrad.evaluation.transport import FIRST_SAMPLING_SEED, Reference, evaluate_transport, summary
+from gengrad.evaluation.transport import Reference, evaluate_transport, sampling_seeds, summary
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
 from gengrad.registry import DATASETS
@@ -48,9 +48,10 @@ def writable_folder(folder: Path) -> Path:
 
 def write_samples(samples: Tensor, path: Path, flow: Flow, title: str = "") -> None:
     """Samples (n, *event) as an array (.npy), a tensor (.pt) or a picture (.png), written atomically."""
-    if path.suffix == ".npy":
+    ending = path.suffix.lower()
+    if ending == ".npy":
         write_atomically(path, lambda file: np.save(file, samples.numpy()))
-    elif path.suffix == ".pt":
+    elif ending == ".pt":
         write_atomically(path, lambda file: torch.save(samples, file))
     else:
         plotting.save(picture(samples, flow, title), path)
@@ -144,7 +145,7 @@ def judge_images(
         extract = extractor(features, target, inception)
     extract = extract.to(flow.device)
     options = {"solver": solver, "guidance": guidance}
-    seeds = [FIRST_SAMPLING_SEED + 1000 * seed + k for k in range(draws)]
+    seeds = sampling_seeds(seed, draws)
     drawn = {}
     for nfe in nfes:
         for draw_seed in seeds:

@@ -113,7 +113,7 @@ CASES = {
     ),
     "a radius beyond what squares can hold": Case("train {config} data.radius=1e38", ["data.radius", "1e+38"]),
     "noise beyond what squares can hold": Case(
-        "train {config} source.name=gaussian source.covariance=[[1e38,0],[0,1]]", ["source 'gaussian'", "1e+15"]
+        "train {config} source.name=gaussian source.covariance=[[1e36,0],[0,1e36]]", ["source 'gaussian'", "1e+15"]
     ),
     "identical points": Case(ARRAY, ["identical"], {"points.npy": np.ones((200, 2), np.float32)}),
     "a batch larger than the data": Case(
@@ -141,7 +141,7 @@ CASES = {
     "nfe 0": Case("sample {run} --nfe 0", ["--nfe", "at least 1"]),
     "nfe that is no number": Case("sample {run} --nfe five", ["--nfe", "'five'"]),
     "nfe that ends in a comma": Case("sample {run} --nfe 5,", ["--nfe", "e.g. 5,10"]),
-    "several nfe without commas": Case("sample {run} --nfe 5 10", ["unrecognized arguments: 10", "e.g. 5,10"]),
+    "several nfe without commas": Case("sample {run} --nfe 5 10", ["unrecognized arguments: 10", "e.g. --nfe 5,10"]),
     "a negative seed of samples": Case("sample {run} --seed -1", ["--seed", "at least 0"]),
     "a seed of samples of 24 digits": Case("sample {run} --seed 123456789012345678901234", ["less than 2^63"]),
     "nfe that the solver cannot spend": Case("sample {run} --nfe 5 --solver heun", ["heun", "multiple of 2"]),

@@ -8,12 +8,18 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gengrad
 from gengrad.cli_arguments import Parser, add_evaluate, add_sample, add_train, positive
 from gengrad.cli_molecules import add_molecules
+
+if TYPE_CHECKING:  # the help does not wait for torch
+    from gengrad.flows.flow import Flow
+    from gengrad.training.ranks import Ranks
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk is told without the name of a file
 
@@ -25,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gengrad") -> int:
     return guarded(given.command, given)
 
 
-def guarded(command, given) -> int:
+def guarded(command: Callable[[Namespace], int | None], given: Namespace | None) -> int:
     """Calls ``command(given)``; a mistake of the user's becomes one message instead of a traceback.
 
     With GENGRAD_DEBUG=1 in the environment the traceback is shown all the same.
@@ -85,7 +91,7 @@ def _parser(prog: str) -> Parser:
 # ------------------------------------------------------------------ commands
 
 
-def train(given) -> int:
+def train(given: Namespace) -> int:
     """``gengrad train CONFIG [key=value ...]``"""
     from gengrad.config import load_config
     from gengrad.run import train as run_training
@@ -98,7 +104,7 @@ def train(given) -> int:
     return 0 if outcome.finished else 128 + outcome.signal
 
 
-def sample(given) -> int:
+def sample(given: Namespace) -> int:
     """``gengrad sample RUN --n 64 --nfe 5 --out samples.npy``"""
     from gengrad import plotting, sampling
     from gengrad.files import writable
@@ -146,7 +152,7 @@ def sample(given) -> int:
     return 0
 
 
-def evaluate(given) -> int:
+def evaluate(given: Namespace) -> int:
     """``gengrad evaluate RUN``"""
     from gengrad import sampling
 
@@ -193,7 +199,7 @@ def evaluate(given) -> int:
     if not report:  # the first process has it
         return 0
     # a trial of fewer points does not take the place of the figures of the run
-    trial = chosen["n"] < settings["n"] or chosen["draws"] < settings["draws"]
+    trial = chosen["n"] * chosen["draws"] < settings["n"] * settings["draws"]
     name = f"metrics_n{chosen['n']}_draws{chosen['draws']}" if trial else "metrics"
     print(sampling.write_report(report, Path(given.run), name))
     protocol = report["results"][0]["protocol"]
@@ -205,7 +211,7 @@ def evaluate(given) -> int:
     return 0
 
 
-def _processes():
+def _processes() -> Ranks:
     """The processes of a launcher such as torchrun, or this one alone."""
     import torch.distributed as group
 
@@ -216,7 +222,7 @@ def _processes():
     return Ranks.of_process_group()
 
 
-def _flow(given):
+def _flow(given: Namespace) -> Flow:
     """The run's flow on the device asked for."""
     import torch
 
@@ -230,7 +236,7 @@ def _flow(given):
     return load(given.run, device)
 
 
-def _choose_phases(flow, given) -> None:
+def _choose_phases(flow: Flow, given: Namespace) -> None:
     """Puts ``--phase-1`` and ``--tau`` into the flow's phased transports; refuses them by these names."""
     asked = {"--phase-1": ("phase_1", given.phase_1), "--tau": ("fixed_tau", given.tau)}
     asked = {option: pair for option, pair in asked.items() if pair[1] is not None}
@@ -239,14 +245,14 @@ def _choose_phases(flow, given) -> None:
     flow.choose(dict(asked.values()))
 
 
-def _settings(flow) -> dict:
+def _settings(flow: Flow) -> dict:
     """The ``evaluate:`` section of the run, with the defaults where it has none."""
     from gengrad.config import EvaluateSettings
 
     return EvaluateSettings().model_dump() | flow.info.get("config", {}).get("evaluate", {})
 
 
-def doctor(given) -> int:
+def doctor(given: Namespace) -> int:
     """``gengrad doctor``: versions and devices, for a bug report."""
     import importlib
 

@@ -55,6 +55,19 @@ def test_the_command_writes_arrays_tensors_pictures_and_films(trained, tmp_path,
     assert Image.open(tmp_path / "x.gif").n_frames > 5
 
 
+def test_what_the_commands_name_is_what_the_flows_and_the_config_have():
+    """The help does not wait for torch, so that it has the solvers' names of its own; defaults come from the schema."""
+    from gengrad.cli import _settings
+    from gengrad.cli_arguments import SOLVERS
+    from gengrad.config import EvaluateSettings
+    from gengrad.flows import solvers
+
+    assert list(SOLVERS) == list(solvers.SOLVERS)
+    unsaid, said = gengrad.Flow(None), gengrad.Flow(None, info={"config": {"evaluate": {"n": 7}}})
+    assert _settings(unsaid) == EvaluateSettings().model_dump()
+    assert _settings(said) == {**EvaluateSettings().model_dump(), "n": 7}
+
+
 def test_an_ending_in_capitals_is_the_same_format(trained, tmp_path):
     base = ["sample", str(trained), "--n", "5", "--nfe", "2"]
     for name in ("X.NPY", "X.PT", "X.PNG"):

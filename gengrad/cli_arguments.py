@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import NoReturn
 
 # flows.solvers has the same, which the help need not wait for
 SOLVERS = ("euler", "midpoint", "heun", "rk4")
@@ -13,7 +14,7 @@ SOLVERS = ("euler", "midpoint", "heun", "rk4")
 class Parser(argparse.ArgumentParser):
     """argparse with the house's manner of refusing: one line on standard error, exit code 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         left = message.removeprefix("unrecognized arguments: ")
         if left != message and not left.strip("0123456789, "):
             message += "; several numbers stand in one word with commas, e.g. --nfe 5,10"

@@ -95,7 +95,7 @@ class Registry:
             raise ValueError(unknown(self.kind, name, self._classes))
         return self._classes[name]
 
-    def build(self, settings: dict, **context):
+    def build(self, settings: dict, **context) -> Any:
         """Instance from a plain mapping with a ``name`` (as stored in ``flow.json``) and runtime ``context``."""
         rest = {key: value for key, value in settings.items() if key != "name"}
         cls = self.get(settings.get("name"))
@@ -119,7 +119,7 @@ def settings_of(thing: Configured) -> dict:
     return {"name": thing.name, **thing.config.model_dump(mode="json")}
 
 
-def unknown(kind: str, given: object, known) -> str:
+def unknown(kind: str, given: object, known: Iterable) -> str:
     """The message for a name that is not in ``known``, with the nearest one first."""
     names = sorted(str(k) for k in known)
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)

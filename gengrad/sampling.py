@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ from gengrad.flows.flow import Flow
 from gengrad.registry import DATASETS
 from gengrad.run import versions
 from gengrad.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 ENDINGS = (".npy", ".pt", ".png")
 
@@ -57,7 +62,7 @@ def write_samples(samples: Tensor, path: Path, flow: Flow, title: str = "") -> N
         plotting.save(picture(samples, flow, title), path)
 
 
-def picture(samples: Tensor, flow: Flow, title: str = ""):
+def picture(samples: Tensor, flow: Flow, title: str = "") -> Figure | Image:
     """A grid of images, or a scatter of points over the target's."""
     if flow.is_image:
         return plotting.image_grid(samples, columns=max(1, int(len(samples) ** 0.5)))
@@ -101,7 +106,7 @@ def judge(
     for nfe in nfes:
         counted: list[float] = []
 
-        def draw_samples(size: int, draw_seed: int, nfe=nfe, counted=counted) -> Tensor:
+        def draw_samples(size: int, draw_seed: int, nfe: int = nfe, counted: list = counted) -> Tensor:
             samples = flow.draw_samples(size, nfe=nfe, seed=draw_seed, solver=solver)
             counted.append(samples.nfe)
             return samples.x

@@ -67,7 +67,7 @@ def explain(item: dict, known: list[str], elsewhere: Callable[[str], str] = lamb
 class Loader(yaml.SafeLoader):
     """YAML 1.2's numbers (1e-4 is one), no tags of any kind, no key twice."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if not isinstance(key, str):

@@ -180,7 +180,7 @@ class Array(FiniteData):
 
         @field_validator("path")
         @classmethod
-        def _known_suffix(cls, path):
+        def _known_suffix(cls, path: str) -> str:
             if Path(path).suffix.lower() not in SUFFIXES:
                 raise ValueError(f"{path!r}: array data are read from {', '.join(SUFFIXES)} files")
             return path

@@ -76,7 +76,7 @@ class NSGF(Method):
 
         @model_validator(mode="before")
         @classmethod
-        def _step_by_step(cls, given):
+        def _step_by_step(cls, given: object) -> object:
             """Another functional has no plan to go straight along; the settings of the Sinkhorn flow say nothing."""
             if not isinstance(given, dict) or given.get("functional") is None:
                 return given

@@ -105,11 +105,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _similar_config(path: Path) -> str:
     """The config whose name is nearest: beside ``path``, or among those shipped in ``configs``."""
-    shipped = [Path("configs"), Path(__file__).parents[1] / "configs"]
-    found = {
-        p.stem: p
-        for p in [*(p for folder in shipped[::-1] for p in folder.rglob("*.yaml")), *path.parent.glob("*.y*ml")]
-    }
+    folders = [Path(__file__).parents[1] / "configs", Path("configs")]
+    known = [*(file for folder in folders for file in folder.rglob("*.yaml")), *path.parent.glob("*.y*ml")]
+    found = {file.stem: file for file in known}
     near = difflib.get_close_matches(path.stem if path.suffix in (".yaml", ".yml") else path.name, found, n=1)
     return f" Did you mean {found[near[0]]}?" if near else ""
 

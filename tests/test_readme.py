@@ -3,6 +3,8 @@
 import math
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,6 @@ def test_the_python_of_the_readme_runs(trained):
 def added(tmp_path):
     """A function that puts an example of the README into its file and imports its folder as gengrad does."""
     import importlib
-    import sys
 
     from gengrad.registry import import_all
 
@@ -76,6 +77,15 @@ def added(tmp_path):
         sys.modules.pop(module)
         for name in set(table) - known:
             del table._classes[name]
+
+
+@pytest.mark.parametrize("code", PYTHON[1:], ids=lambda code: code.splitlines()[0])
+def test_an_example_file_of_the_readme_passes_the_linter_as_it_stands(code):
+    name = code.splitlines()[0].removeprefix("# ")
+    for command in (["check"], ["format", "--check"]):
+        words = [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(ROOT / name), "-"]
+        result = subprocess.run(words, input=code, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("room", ["data", "functionals", "methods", "networks"])

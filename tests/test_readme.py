@@ -44,6 +44,15 @@ def test_a_make_target_of_the_readme_exists(command):
     assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def test_make_lint_checks_the_format_and_every_marked_test_has_a_command():
+    def steps(target: str) -> str:
+        return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True).stdout
+
+    for target in ("lint", "test"):
+        assert "ruff check ." in steps(target) and "ruff format --check ." in steps(target)
+    assert '-m "not slow"' in steps("test") and steps("test-slow").rstrip().endswith("-m slow")
+
+
 def test_the_python_of_the_readme_runs(trained):
     code = PYTHON[0].replace('"quickstart/8gaussians"', repr(str(trained)))
     names: dict = {}

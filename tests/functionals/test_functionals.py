@@ -81,6 +81,13 @@ def test_energy_distance_of_two_diracs_is_their_distance_and_the_velocity_points
     assert torch.allclose(functional.velocity(x), torch.tensor([[0.0, 0.6, 0.8]]))
 
 
+def test_the_metric_of_that_name_is_twice_the_functional():
+    from gengrad.evaluation.transport import energy_distance
+
+    x, y = torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [3.0, 4.0]])  # both leave out no pair of distance above zero
+    assert energy_distance(x, y) == pytest.approx(2 * float(EnergyDistance(y)(x))) == pytest.approx(10.0)
+
+
 def test_sinkhorn_divergence_of_two_diracs_is_half_the_squared_distance():
     x, y = torch.zeros(1, 3), torch.tensor([[0.0, 3.0, 4.0]])
     functional = SinkhornDivergence(y, epsilon=0.1)

@@ -65,6 +65,7 @@ def test_the_gradient_of_a_potential_inside_its_forward_is_that_of_one_process(s
         assert (a[key] - b[key]).norm() <= 1e-3 * a[key].norm().clamp_min(1e-3), key
 
 
+@pytest.mark.slow  # four more starts of torch; the launcher ends where torchrun does
 def test_accelerate_launch_starts_the_same_two_processes(small, tmp_path):
     train = {"steps": 4, "batch_size": 32, "checkpoint_every": 4}
     for name, launcher in (("torchrun", TORCHRUN), ("accelerate", ACCELERATE)):

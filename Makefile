@@ -1,7 +1,7 @@
 # Two commands set everything up by themselves: `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow lint clean
 
 # the marker says which pyproject.toml the environment was installed from
 .venv/installed: pyproject.toml
@@ -23,12 +23,16 @@ quickstart: .venv/installed
 	$(BIN)/gengrad evaluate quickstart/digits --nfe 5 --features classifier
 	@echo; echo "pictures and tables:"; ls -1 quickstart/*/pictures/*.png quickstart/*/*.png quickstart/*/*.gif quickstart/*/metrics.md
 
-test: .venv/installed
-	$(BIN)/ruff check .
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+# what takes minutes or gigabytes: 20,000 points a transport problem, hundreds of kills, thousands of damaged files
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 clean:
 	rm -rf .venv quickstart build *.egg-info

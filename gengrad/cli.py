@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import dis
+import errno
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gengrad
+from gengrad.cli_arguments import Parser, add_evaluate, add_sample, add_train, positive
 from gengrad.cli_molecules import add_molecules
 
+if TYPE_CHECKING:  # the help does not wait for torch
+    from gengrad.flows.flow import Flow
+    from gengrad.training.ranks import Ranks
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the house's manner of refusing: one line on standard error, exit code 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n  (see {self.prog} --help)\n")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk is told without the name of a file
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "gengrad") -> int:
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gengrad") -> int:
     return guarded(given.command, given)
 
 
-def guarded(command, given) -> int:
+def guarded(command: Callable[[Namespace], int | None], given: Namespace | None) -> int:
     """Calls ``command(given)``; a mistake of the user's becomes one message instead of a traceback.
 
     With GENGRAD_DEBUG=1 in the environment the traceback is shown all the same.
@@ -53,8 +55,10 @@ def guarded(command, given) -> int:
 
 def _is_users(error: Exception) -> bool:
     """Whether gengrad itself raised this with a message for the user; anything else is a bug and shows its place."""
-    if isinstance(error, OSError) or type(error).__module__.startswith(("gengrad.", "pydantic")):
+    if type(error).__module__.startswith(("gengrad.", "pydantic")):
         return True
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        return True  # of a file that the user named, or of the disk it is on
     if isinstance(error, RuntimeError):
         return False
     last = error.__traceback__
@@ -66,127 +70,28 @@ def _is_users(error: Exception) -> bool:
     return last.tb_frame.f_globals.get("__name__", "").startswith("gengrad") and instruction == "RAISE_VARARGS"
 
 
-# ------------------------------------------------------------------ arguments
-
-
 def _parser(prog: str) -> Parser:
     parser = Parser(prog=prog, description="Generative models by Wasserstein gradient flows.")
     parser.add_argument("--version", action="version", version=f"gengrad {gengrad.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
-    add_train(commands.add_parser("train", help="train a run from a config, or go on with it"))
-    add_sample(commands.add_parser("sample", help="draw samples from a trained run"))
-    add_evaluate(commands.add_parser("evaluate", help="judge a run against its data"))
+    for add, command, said in (
+        (add_train, train, "train a run from a config, or go on with it"),
+        (add_sample, sample, "draw samples from a trained run"),
+        (add_evaluate, evaluate, "judge a run against its data"),
+    ):
+        subparser = commands.add_parser(command.__name__, help=said)
+        add(subparser)
+        subparser.set_defaults(command=command)
     add_molecules(commands.add_parser("molecules", help="read, standardise and score molecules"), positive)
     doctor_parser = commands.add_parser("doctor", help="say what is installed and what this machine offers")
     doctor_parser.set_defaults(command=doctor)
     return parser
 
 
-def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file, e.g. configs/toy/8gaussians_nsgf.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=2000 seed=3 out=runs/a")
-    parser.set_defaults(command=train)
-
-
-def add_sample(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="the run's folder, the out=... of its training")
-    parser.add_argument(
-        "--n",
-        type=positive,
-        default=None,
-        help="how many samples (default 64); with several NFE, points per draw (default: the config's)",
-    )
-    parser.add_argument(
-        "--nfe",
-        type=positives,
-        default=None,
-        metavar="K[,K...]",
-        help="network evaluations per sample; several give a table and a plot of quality",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="a .npy, .pt or .png file")
-    parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
-    add_choices(parser)
-    parser.add_argument(
-        "--trajectory",
-        nargs="?",
-        const="",
-        default=None,
-        metavar="FILE.gif",
-        help="also a GIF of the samples on their way (default: trajectory.gif in the run's folder)",
-    )
-    parser.add_argument("--chunk", type=positive, default=4096, help="samples moved at once; changes no sample")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.set_defaults(command=sample)
-
-
-def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--nfe", type=positives, default=None, metavar="K[,K...]", help="default: the config's")
-    parser.add_argument(
-        "--n",
-        "--samples",
-        type=positive,
-        default=None,  # torchrun keeps --n for itself
-        help="points or images per draw (default: the config's, 4096)",
-    )
-    parser.add_argument("--draws", type=positive, default=None, help="independent draws (default: the config's, 3)")
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    images = parser.add_argument_group("images")
-    images.add_argument(
-        "--features",
-        choices=("inception", "classifier", "identity"),
-        default=None,
-        help="inception: FID (default); classifier: a small one trained on the data; identity: pixels",
-    )
-    images.add_argument(
-        "--reference",
-        choices=("train", "held_out"),
-        default=None,
-        help="what samples are compared with (default: train for inception, else held_out)",
-    )
-    images.add_argument("--inception", type=Path, default=None, metavar="FILE", help="Inception's weights")
-    images.add_argument("--keep-samples", action="store_true", help="leave the samples in RUN/samples")
-    images.add_argument("--guidance", type=float, default=1.0, metavar="W")
-    parser.set_defaults(command=evaluate)
-
-
-def add_choices(parser: argparse.ArgumentParser) -> None:
-    """What flows with classes or phases let one choose at sampling time."""
-    parser.add_argument("--class", dest="label", type=int, default=None, metavar="C", help="samples of this class only")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="pull towards the class (1: none); other values take two evaluations for each one",
-    )
-    parser.add_argument("--phase-1", type=int, default=None, metavar="K", help="evaluations of the Sinkhorn phase")
-    parser.add_argument("--tau", type=float, default=None, help="start of the straight phase (default: predicted)")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
-    return number
-
-
-def positives(text: str) -> list[int]:
-    """Whole numbers of at least 1 between commas."""
-    return [positive(part) for part in text.split(",")]
-
-
 # ------------------------------------------------------------------ commands
 
 
-def train(given) -> int:
+def train(given: Namespace) -> int:
     """``gengrad train CONFIG [key=value ...]``"""
     from gengrad.config import load_config
     from gengrad.run import train as run_training
@@ -199,7 +104,7 @@ def train(given) -> int:
     return 0 if outcome.finished else 128 + outcome.signal
 
 
-def sample(given) -> int:
+def sample(given: Namespace) -> int:
     """``gengrad sample RUN --n 64 --nfe 5 --out samples.npy``"""
     from gengrad import plotting, sampling
     from gengrad.files import writable
@@ -211,15 +116,15 @@ def sample(given) -> int:
     film = None
     if given.trajectory is not None:
         film = writable(Path(given.trajectory or folder / "trajectory.gif"), (".gif",))
-    nfes = given.nfe or [_default_nfe(flow)]
+    settings = _settings(flow)
+    nfes = given.nfe or settings["nfe"][:1]
     for nfe in nfes:
         flow.cost(nfe, given.solver)  # an NFE that cannot be spent is refused before any work
     choice = {"solver": given.solver, "label": given.label, "guidance": given.guidance}
     flow.check_class(given.label, given.guidance)
     if len(nfes) > 1:
         sampling.writable_folder(folder)
-        settings = flow.info.get("config", {}).get("evaluate", {})
-        n, draws = given.n or settings.get("n", 4096), settings.get("draws", 3)
+        n, draws = given.n or settings["n"], settings["draws"]
         target = sampling.target_of(flow)
         common = {"n": n, "draws": draws, "seed": given.seed, "solver": given.solver}
         if flow.is_image:
@@ -247,12 +152,12 @@ def sample(given) -> int:
     return 0
 
 
-def evaluate(given) -> int:
+def evaluate(given: Namespace) -> int:
     """``gengrad evaluate RUN``"""
     from gengrad import sampling
 
     flow = _flow(given)
-    settings = flow.info.get("config", {}).get("evaluate", {"nfe": [5, 10], "n": 4096, "draws": 3, "seed": 0})
+    settings = _settings(flow)
     nfes = given.nfe or settings["nfe"]
     for nfe in nfes:
         flow.cost(nfe, given.solver)
@@ -293,17 +198,20 @@ def evaluate(given) -> int:
         report = sampling.judge(flow, target, nfes, solver=given.solver, **chosen)
     if not report:  # the first process has it
         return 0
-    print(sampling.write_report(report, Path(given.run), "metrics"))
+    # a trial of fewer points does not take the place of the figures of the run
+    trial = chosen["n"] * chosen["draws"] < settings["n"] * settings["draws"]
+    name = f"metrics_n{chosen['n']}_draws{chosen['draws']}" if trial else "metrics"
+    print(sampling.write_report(report, Path(given.run), name))
     protocol = report["results"][0]["protocol"]
     print(f"{protocol['reference']}; floor: {protocol['floor']}")
     if "accuracy" in protocol:
         accuracy = f"accuracy {protocol['accuracy']:.4f} on {protocol['accuracy_on']}"
         print(f"classifier: {protocol['description']}; {accuracy}")
-    print(f"written: {Path(given.run) / 'metrics.json'}")
+    print(f"written: {Path(given.run) / name}.json{', metrics.json is left as it is' if trial else ''}")
     return 0
 
 
-def _processes():
+def _processes() -> Ranks:
     """The processes of a launcher such as torchrun, or this one alone."""
     import torch.distributed as group
 
@@ -314,7 +222,7 @@ def _processes():
     return Ranks.of_process_group()
 
 
-def _flow(given):
+def _flow(given: Namespace) -> Flow:
     """The run's flow on the device asked for."""
     import torch
 
@@ -328,18 +236,23 @@ def _flow(given):
     return load(given.run, device)
 
 
-def _choose_phases(flow, given) -> None:
-    """Puts ``--phase-1`` and ``--tau`` into the flow's phased transports."""
-    asked = {"phase_1": given.phase_1, "fixed_tau": given.tau}
-    flow.choose({key: value for key, value in asked.items() if value is not None})
+def _choose_phases(flow: Flow, given: Namespace) -> None:
+    """Puts ``--phase-1`` and ``--tau`` into the flow's phased transports; refuses them by these names."""
+    asked = {"--phase-1": ("phase_1", given.phase_1), "--tau": ("fixed_tau", given.tau)}
+    asked = {option: pair for option, pair in asked.items() if pair[1] is not None}
+    if asked and not flow.is_phased:
+        raise ValueError(f"this flow has no phases, so it takes no {' and no '.join(asked)}; nsgf_pp trains one")
+    flow.choose(dict(asked.values()))
 
 
-def _default_nfe(flow) -> int:
-    """The first NFE of the run's ``evaluate:`` section."""
-    return flow.info.get("config", {}).get("evaluate", {}).get("nfe", [10])[0]
+def _settings(flow: Flow) -> dict:
+    """The ``evaluate:`` section of the run, with the defaults where it has none."""
+    from gengrad.config import EvaluateSettings
+
+    return EvaluateSettings().model_dump() | flow.info.get("config", {}).get("evaluate", {})
 
 
-def doctor(given) -> int:
+def doctor(given: Namespace) -> int:
     """``gengrad doctor``: versions and devices, for a bug report."""
     import importlib
 

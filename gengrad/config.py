@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError, field_validator
 
 import gengrad.data
 import gengrad.methods
 import gengrad.networks  # noqa: F401 - the three imports fill the registries
-from gengrad.registry import DATASETS, METHODS, NETWORKS, Registry, Settings
+from gengrad.registry import DATASETS, METHODS, NETWORKS, Registry, Seed, Settings
 from gengrad.strict_yaml import ConfigError, Loader, check, parse_yaml
 from gengrad.training.fitter import TrainSettings
 
@@ -27,16 +28,22 @@ class EvaluateSettings(Settings):
     nfe: list[Annotated[int, Field(ge=1)]] = Field([5, 10], min_length=1)
     n: int = Field(4096, ge=2)
     draws: int = Field(3, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class General(Settings):
     """The keys that stand outside of any section."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     out: str = Field("runs/run", min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     init_from: str | None = None  # a run whose weights to start from, optimiser fresh
+
+    @field_validator("out", "init_from")
+    @classmethod
+    def _at_home(cls, path: str | None) -> str | None:
+        """~/runs/a: no shell puts the user's folder in where the path is a part of a word."""
+        return path if path is None else os.path.expanduser(path)
 
 
 # section -> registry that its `name` is looked up in, and the name it has when the config leaves it out
@@ -85,9 +92,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"no config file {path}.{hint}") from None
+        raise ConfigError(f"no config file {path}.{_similar_config(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     raw = parse_yaml(text, str(path))
@@ -96,6 +101,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".name")):
         _override(raw, override, origins)
     return read_config(raw, str(path), origins)
+
+
+def _similar_config(path: Path) -> str:
+    """The config whose name is nearest: beside ``path``, or among those shipped in ``configs``."""
+    folders = [Path(__file__).parents[1] / "configs", Path("configs")]
+    known = [*(file for folder in folders for file in folder.rglob("*.yaml")), *path.parent.glob("*.y*ml")]
+    found = {file.stem: file for file in known}
+    near = difflib.get_close_matches(path.stem if path.suffix in (".yaml", ".yml") else path.name, found, n=1)
+    return f" Did you mean {found[near[0]]}?" if near else ""
 
 
 def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
@@ -131,7 +145,8 @@ def read_config(raw: dict, where: str = "the config", origins: dict[str, str] | 
     problems: list[tuple[str, str]] = []
     fields, general = {}, {k: v for k, v in raw.items() if k not in NAMED and k not in PLAIN}
     top = list(General.model_fields) + list(NAMED) + list(PLAIN)
-    fields["general"] = check(General, general, "", top, problems)
+    homes = {key: section for section, schema in _schemas(raw).items() for key in schema.model_fields}
+    fields["general"] = check(General, general, "", top, problems, lambda key: _at(homes.get(key), key))
     for section, (registry, default) in NAMED.items():
         fields[section] = _named(section, raw.get(section), registry, default, problems)
     for section, schema in PLAIN.items():
@@ -144,6 +159,40 @@ def read_config(raw: dict, where: str = "the config", origins: dict[str, str] | 
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise ConfigError("\n".join([f"{count} in the config; nothing was started.", *lines]))
     return RunConfig(**fields)
+
+
+def _schemas(raw: dict) -> dict[str, type[Settings]]:
+    """The schema of each section, of the class that it names where it names one."""
+    found = dict(PLAIN)
+    for section, (registry, default) in NAMED.items():
+        given = raw.get(section)
+        name = given.get("name", default) if isinstance(given, dict) else given or default
+        if isinstance(name, str) and name in registry:
+            found[section] = registry.get(name).Config
+    return found
+
+
+def _at(section: str | None, key: str) -> str:
+    return f"did you mean {section}.{key}? " if section else ""
+
+
+def _takers(registry: Registry, given: dict) -> list[str]:
+    """The names whose classes know all the keys of ``given`` and find nothing wrong with their values."""
+
+    def takes(schema: type[Settings]) -> bool:
+        try:
+            schema.model_validate(given)
+        except ValidationError as error:
+            return not any(item["loc"][:1] and item["loc"][0] in given for item in error.errors())
+        return True
+
+    return [name for name in registry if given and takes(registry.get(name).Config)]
+
+
+def _of_another(section: str, registry: Registry, key: str, value: object) -> str:
+    """The classes that an unknown ``key`` would be a setting of, in words."""
+    names = _takers(registry, {key: value})
+    return f"it is a setting of {section}.name={', '.join(names[:4])}. " if names else ""
 
 
 def _fitting_network(network: str, method: str, problems: list) -> None:
@@ -185,7 +234,9 @@ def _named(section: str, raw: object, registry: Registry, default: str | None, p
     if raw.get("name") is None and default:
         raw = {"name": default, **{k: v for k, v in raw.items() if k != "name"}}
     if raw.get("name") is None:
-        problems.append((f"{section}.name", f"missing; one of: {', '.join(registry)}"))
+        takers = _takers(registry, {key: value for key, value in raw.items() if key != "name"})[:4]
+        hint = f"with these settings: {', '.join(takers)}; known: " if takers else "one of: "
+        problems.append((f"{section}.name", f"missing; {hint}{', '.join(registry)}"))
         return None
     try:
         schema = registry.get(raw["name"]).Config
@@ -193,7 +244,14 @@ def _named(section: str, raw: object, registry: Registry, default: str | None, p
         problems.append((f"{section}.name", str(error)))
         return None
     rest = {key: value for key, value in raw.items() if key != "name"}
-    checked = check(schema, rest, section, list(schema.model_fields), problems)
+    checked = check(
+        schema,
+        rest,
+        section,
+        list(schema.model_fields),
+        problems,
+        lambda key: _of_another(section, registry, key, rest[key]),
+    )
     return None if checked is None else {"name": raw["name"], **checked.model_dump(mode="json")}
 
 

@@ -81,7 +81,7 @@ def writable(path: Path, endings: tuple[str, ...]) -> Path:
 
     Asked before the work starts, so that none is lost.
     """
-    if path.suffix not in endings:
+    if path.suffix.lower() not in endings:
         raise ValueError(f"cannot tell the format of {path}: its name must end in {', '.join(endings)}")
     parent = path.parent
     if not parent.is_dir():

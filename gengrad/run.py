@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 
 import gengrad
 from gengrad import plotting
+from gengrad.checks import check_fit
 from gengrad.config import ConfigError, RunConfig, deciding
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
@@ -45,7 +44,7 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
     def build() -> None:
         target, source = build_data(config.data, config.source)
         method: Method = METHODS.build(config.method)
-        _check(config, method, source, target, accelerator.num_processes)
+        check_fit(config, method, source, target, accelerator)
         parts.extend((target, source, method))
 
     # a file that one process cannot read ends all of them, with one message, before anything is written
@@ -141,51 +140,6 @@ def _take_weights(network: torch.nn.Module, networks: list, number: int, config:
         raise ConfigError(f"{where}: its network does not fit this config's `network:` section ({detail})") from None
 
 
-def _check(config: RunConfig, method: Method, source: Distribution, target: Distribution, world: int) -> None:
-    """Refuses what the schema cannot see: sizes against the data and the number of processes."""
-    problems = method.objections(source, target)
-    for key, (size, shared) in {"train.batch_size": (config.train.batch_size, True), **method.batches()}.items():
-        if len(target) and size > len(target):
-            problems.append(f"{key}={size} is larger than the data, which have {len(target)} training points")
-        if shared and size % world:
-            problems.append(f"{key}={size} does not divide by the {world} processes")
-    pieces = config.train.accumulate
-    if config.train.batch_size % (world * pieces):
-        each = f"train.accumulate={pieces}" + (f" on {world} processes" if world > 1 else "")
-        problems.append(f"train.batch_size={config.train.batch_size} does not divide into the pieces of {each}")
-    problems += _class_problems(config, method, target)
-    compilers = ("g++", "clang++", "c++", "cl")
-    if config.train.compile and not os.environ.get("CXX") and not any(map(shutil.which, compilers)):
-        problems.append(f"train.compile needs a C++ compiler, and none of {', '.join(compilers)} is here; leave it out")
-    if min(config.evaluate.nfe) < method.least_nfe():
-        problems.append(
-            f"evaluate.nfe={config.evaluate.nfe}: a sample of this method takes {method.least_nfe()} network "
-            f"evaluations, one for each of its transports; give evaluate.nfe=[{method.least_nfe()}]"
-        )
-    some = None
-    if target.has_samples:
-        some = target.points if len(target) else target.sample(64, generator_for(0, "check"))
-    if some is not None and (some == some[0]).all():
-        problems.append(f"data {config.data['name']!r}: all points are identical; there is no distribution to learn")
-    if problems:
-        raise ConfigError("\n".join(["the config does not fit; nothing was started.", *(f"  {p}" for p in problems)]))
-
-
-def _class_problems(config: RunConfig, method: Method, target: Distribution) -> list[str]:
-    """What is wrong where the network takes classes: labels that are missing or that it has no number for."""
-    classes, name = config.network.get("classes"), config.data["name"]
-    problems = method.refusals(classes)
-    labels = getattr(target, "labels", None)
-    if classes and labels is None:
-        problems.append(f"network.classes={classes} needs labels, which data {name!r} have none of; leave it out")
-    elif classes and int(labels.max()) >= classes:
-        problems.append(
-            f"network.classes={classes}, but data {name!r} have labels up to {int(labels.max())}; "
-            f"use network.classes={int(labels.max()) + 1}"
-        )
-    return problems
-
-
 def _class_weights(config: RunConfig, target: Distribution) -> list[float] | None:
     """The share of each class in the data, for a network that takes classes."""
     classes = config.network.get("classes")
@@ -225,6 +179,7 @@ def _publish(flow: Flow, progress: Progress, config: RunConfig) -> None:
 
 
 def versions() -> dict[str, str]:
+    """What a flow and a report are signed with: the versions of gengrad, torch, numpy and Python."""
     import numpy
 
     return {

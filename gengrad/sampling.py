@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +20,16 @@ from gengrad.evaluation.features import Extractor, extractor, inception_weights
 from gengrad.evaluation.fid import Statistics, image_scores, reference_statistics
 from gengrad.evaluation.report import format_table, image_row, table_row
 from gengrad.evaluation.shards import Shards
-from gengrad.evaluation.transport import FIRST_SAMPLING_SEED, Reference, evaluate_transport, summary
+from gengrad.evaluation.transport import Reference, evaluate_transport, sampling_seeds, summary
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
 from gengrad.registry import DATASETS
 from gengrad.run import versions
 from gengrad.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 ENDINGS = (".npy", ".pt", ".png")
 
@@ -48,15 +53,16 @@ def writable_folder(folder: Path) -> Path:
 
 def write_samples(samples: Tensor, path: Path, flow: Flow, title: str = "") -> None:
     """Samples (n, *event) as an array (.npy), a tensor (.pt) or a picture (.png), written atomically."""
-    if path.suffix == ".npy":
+    ending = path.suffix.lower()
+    if ending == ".npy":
         write_atomically(path, lambda file: np.save(file, samples.numpy()))
-    elif path.suffix == ".pt":
+    elif ending == ".pt":
         write_atomically(path, lambda file: torch.save(samples, file))
     else:
         plotting.save(picture(samples, flow, title), path)
 
 
-def picture(samples: Tensor, flow: Flow, title: str = ""):
+def picture(samples: Tensor, flow: Flow, title: str = "") -> Figure | Image:
     """A grid of images, or a scatter of points over the target's."""
     if flow.is_image:
         return plotting.image_grid(samples, columns=max(1, int(len(samples) ** 0.5)))
@@ -100,7 +106,7 @@ def judge(
     for nfe in nfes:
         counted: list[float] = []
 
-        def draw_samples(size: int, draw_seed: int, nfe=nfe, counted=counted) -> Tensor:
+        def draw_samples(size: int, draw_seed: int, nfe: int = nfe, counted: list = counted) -> Tensor:
             samples = flow.draw_samples(size, nfe=nfe, seed=draw_seed, solver=solver)
             counted.append(samples.nfe)
             return samples.x
@@ -144,7 +150,7 @@ def judge_images(
         extract = extractor(features, target, inception)
     extract = extract.to(flow.device)
     options = {"solver": solver, "guidance": guidance}
-    seeds = [FIRST_SAMPLING_SEED + 1000 * seed + k for k in range(draws)]
+    seeds = sampling_seeds(seed, draws)
     drawn = {}
     for nfe in nfes:
         for draw_seed in seeds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 
 import yaml
 from pydantic import ValidationError
@@ -28,23 +29,34 @@ def parse_yaml(text: str, where: str) -> dict:
     return raw
 
 
-def check(schema: type[Settings], raw: dict, section: str, known: list[str], problems: list) -> Settings | None:
-    """``raw`` as a ``schema``; None when it is wrong, and ``problems`` grows by one (key, text) for each mistake."""
+def check(
+    schema: type[Settings],
+    raw: dict,
+    section: str,
+    known: list[str],
+    problems: list,
+    elsewhere: Callable[[str], str] = lambda key: "",
+) -> Settings | None:
+    """``raw`` as a ``schema``; None when it is wrong, and ``problems`` grows by one (key, text) for each mistake.
+
+    ``elsewhere`` says in words where an unknown key would be at home.
+    """
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
         for item in error.errors():
             key = ".".join(str(part) for part in (section, *item["loc"]) if str(part))
-            problems.append((key or section, explain(item, known)))
+            problems.append((key or section, explain(item, known, elsewhere)))
     return None
 
 
-def explain(item: dict, known: list[str]) -> str:
+def explain(item: dict, known: list[str], elsewhere: Callable[[str], str] = lambda key: "") -> str:
     """One pydantic error as: what was found, what is allowed."""
     if item["type"] == "extra_forbidden":
         key = str(item["loc"][-1])
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        guess = f"did you mean {near[0]!r}? " if near else ""
+        guess = elsewhere(key) if len(item["loc"]) == 1 else ""
+        guess = guess or (f"did you mean {near[0]!r}? " if near else "")
         return f"unknown key; {guess}Known here: {', '.join(known) or 'no keys'}"
     if item["type"] == "missing":
         return "missing"
@@ -55,7 +67,7 @@ def explain(item: dict, known: list[str]) -> str:
 class Loader(yaml.SafeLoader):
     """YAML 1.2's numbers (1e-4 is one), no tags of any kind, no key twice."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if not isinstance(key, str):

@@ -94,6 +94,26 @@ def test_numbers_are_numbers_however_they_are_written(text):
     assert parse_yaml(f"a: {text}", "t") == {"a": 1e-4}
 
 
+def test_a_float_without_a_fraction_is_a_whole_number(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = load_config(path, ["train.steps=1e3", "evaluate.nfe=[5.0,1e1]", "method.jko_steps=4.0", "train.lr=1e1"])
+    assert (config.train.steps, config.evaluate.nfe, config.method["flow_steps"]) == (1000, [5, 10], 4)
+    assert all(isinstance(n, int) for n in (config.train.steps, *config.evaluate.nfe, config.method["flow_steps"]))
+    assert config.train.lr == 10.0
+    for wrong in ("1.5", ".inf", "1e-3"):
+        with pytest.raises(ConfigError, match=r"train\.steps"):
+            load_config(path, [f"train.steps={wrong}"])
+
+
+def test_the_users_folder_stands_for_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "init_from": "~/runs/a"}))
+    general = load_config(path, ["out=~/runs/x"]).general
+    assert (general.out, general.init_from) == ("/home/me/runs/x", "/home/me/runs/a")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -15,9 +15,14 @@ ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def train_on_two(*arguments: str) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "tests" / "two_processes.py"), *arguments]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# the launcher that `accelerate launch` takes where there are several GPUs; its settings, or it asks or warns
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def train_on_two(*arguments: str, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *launcher, str(ROOT / "tests" / "two_processes.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=180)
 
 
@@ -58,6 +63,17 @@ def test_the_gradient_of_a_potential_inside_its_forward_is_that_of_one_process(s
     a, b = (load_file(tmp_path / name / "flow.safetensors") for name in ("one", "two"))
     for key in a:
         assert (a[key] - b[key]).norm() <= 1e-3 * a[key].norm().clamp_min(1e-3), key
+
+
+@pytest.mark.slow  # four more starts of torch; the launcher ends where torchrun does
+def test_accelerate_launch_starts_the_same_two_processes(small, tmp_path):
+    train = {"steps": 4, "batch_size": 32, "checkpoint_every": 4}
+    for name, launcher in (("torchrun", TORCHRUN), ("accelerate", ACCELERATE)):
+        result = train_on_two(str(small(name, train=train)), launcher=launcher)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert "2 processes" in result.stdout and result.stdout.count("done: 4 steps") == 1
+    a, b = (load_file(tmp_path / name / "flow.safetensors") for name in ("torchrun", "accelerate"))
+    assert all((a[key] == b[key]).all() for key in a)
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused_once(small):

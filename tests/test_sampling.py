@@ -55,6 +55,71 @@ def test_the_command_writes_arrays_tensors_pictures_and_films(trained, tmp_path,
     assert Image.open(tmp_path / "x.gif").n_frames > 5
 
 
+def test_what_the_commands_name_is_what_the_flows_and_the_config_have():
+    """The help does not wait for torch, so that it has the solvers' names of its own; defaults come from the schema."""
+    from gengrad.cli import _settings
+    from gengrad.cli_arguments import SOLVERS
+    from gengrad.config import EvaluateSettings
+    from gengrad.flows import solvers
+
+    assert list(SOLVERS) == list(solvers.SOLVERS)
+    unsaid, said = gengrad.Flow(None), gengrad.Flow(None, info={"config": {"evaluate": {"n": 7}}})
+    assert _settings(unsaid) == EvaluateSettings().model_dump()
+    assert _settings(said) == {**EvaluateSettings().model_dump(), "n": 7}
+
+
+def test_an_ending_in_capitals_is_the_same_format(trained, tmp_path):
+    base = ["sample", str(trained), "--n", "5", "--nfe", "2"]
+    for name in ("X.NPY", "X.PT", "X.PNG"):
+        assert main([*base, "--out", str(tmp_path / name)]) == 0
+    assert main([*base, "--trajectory", str(tmp_path / "X.GIF")]) == 0
+    assert np.load(tmp_path / "X.NPY").shape == torch.load(tmp_path / "X.PT", weights_only=True).shape == (5, 2)
+    assert [Image.open(tmp_path / name).format for name in ("X.PNG", "X.GIF")] == ["PNG", "GIF"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"n": "4"}, {"n": 4.0}, {"n": 0}, {"nfe": 5.5}, {"nfe": [5]}, {"nfe": 0}, {"seed": -1}, {"seed": "a"},
+     {"seed": 2**63}, {"chunk": None}, {"first": -1}],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_is_a_value_error_that_names_it(trained, wrong):
+    flow, name = gengrad.load(trained), next(iter(wrong))
+    with pytest.raises(ValueError, match=rf"^{name} is "):
+        flow.draw_samples(**{"n": 4, "nfe": 5, **wrong})
+    if name in ("n", "nfe", "seed"):
+        with pytest.raises(ValueError, match=rf"^{name} is "):
+            flow.trajectory(**{"n": 4, "nfe": 5, **wrong})
+
+
+def test_numbers_of_numpy_are_numbers(trained):
+    flow = gengrad.load(trained)
+    assert torch.equal(flow.sample(np.int64(4), nfe=np.int32(5), seed=np.uint8(1)), flow.sample(4, nfe=5, seed=1))
+
+
+def test_the_largest_seed_can_be_sampled_with_and_judged_with(trained):
+    from gengrad.evaluation.transport import sampling_seeds
+
+    flow, largest = gengrad.load(trained), 2**63 - 1
+    assert flow.sample(2, nfe=1, seed=largest).isfinite().all()
+    for seed in sampling_seeds(largest, draws=3):
+        assert flow.sample(2, nfe=1, seed=seed).isfinite().all()
+    assert sampling_seeds(1, 2) == [1_001_000, 1_001_001]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["runs/a"]])
+def test_loading_what_is_no_path_says_what_is_wanted(wrong):
+    with pytest.raises(ValueError, match="the folder of a run"):
+        gengrad.load(wrong)
+
+
+def test_the_users_folder_stands_for_its_sign(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained.parent))
+    assert torch.equal(gengrad.load(f"~/{trained.name}").sample(2, nfe=1), gengrad.load(trained).sample(2, nfe=1))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", f"~/{trained.name}", "--n", "2", "--out=~/x.npy"]) == 0
+    assert (trained.parent / "x.npy").exists() and not list(tmp_path.iterdir())
+
+
 def copied(trained, tmp_path):
     import shutil
 
@@ -83,6 +148,17 @@ def test_evaluate_writes_the_metrics_with_their_protocol(trained, tmp_path):
     assert result["w2"]["std"] is not None and result["w2"]["floor"]["mean"] > 0
     assert {"modes_hit", "energy_distance", "sw2_squared"} <= set(result)
     assert report["versions"]["gengrad"] == gengrad.__version__ and report["run"]["config"]["seed"] == 0
+
+
+def test_a_trial_with_fewer_points_leaves_the_metrics_of_the_run_as_they_are(trained, tmp_path, capsys):
+    run = copied(trained, tmp_path)
+    assert main(["evaluate", str(run)]) == 0
+    before = (run / "metrics.json").read_bytes()
+    for few, name in ((["--n", "32"], "metrics_n32_draws2"), (["--draws", "1"], "metrics_n64_draws1")):
+        assert main(["evaluate", str(run), *few]) == 0
+        assert f"{name}.json, metrics.json is left as it is" in capsys.readouterr().out
+        assert json.loads((run / f"{name}.json").read_text())["results"] and (run / f"{name}.md").exists()
+    assert (run / "metrics.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("n", [1, 2, 300])

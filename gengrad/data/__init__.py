@@ -22,6 +22,9 @@ from gengrad.data.toy2d import (
     TwentyFiveGaussians,
     TwoSpirals,
 )
+from gengrad.registry import import_all
+
+import_all(__name__, __path__)  # what has a file is registered, also where no name of it is public
 
 __all__ = [
     "CIFAR10",

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from gengrad.data.base import FiniteData
+from gengrad.data.base import LARGEST, FiniteData
 from gengrad.data.draws import generator_for
 from gengrad.registry import DATASETS, Settings
 
@@ -131,7 +131,7 @@ def as_images(array: np.ndarray, layout: str | None) -> Tensor:
 
 
 def as_points(array: np.ndarray) -> Tensor:
-    """Real numbers (n, d) as float32; ``ValueError`` for other types, NaN and infinity."""
+    """Real numbers (n, d) as float32; ``ValueError`` for other types, NaN, infinity, and beyond 1e15."""
     if array.dtype.kind not in "fiu":
         raise ValueError(f"points need real numbers, this array has the type {array.dtype}")
     with np.errstate(over="ignore"):
@@ -142,6 +142,14 @@ def as_points(array: np.ndarray) -> Tensor:
         raise ValueError(
             f"{int(bad.sum())} of {len(points)} points are not finite in float32 (NaN, infinite, "
             f"beyond 3e38); the first is row {first}: {array[first][:8]}"
+        )
+    size = np.abs(points).max(axis=1)
+    if (size > LARGEST).any():
+        first = int((size > LARGEST).argmax())
+        raise ValueError(
+            f"{int((size > LARGEST).sum())} of {len(points)} points lie beyond {LARGEST:g}, where squared distances "
+            f"leave float32; the first is row {first}: {array[first][:8]}. Take another unit, e.g. divide by "
+            f"{size.max():.0e}"
         )
     return torch.from_numpy(points)
 
@@ -172,7 +180,7 @@ class Array(FiniteData):
 
         @field_validator("path")
         @classmethod
-        def _known_suffix(cls, path):
+        def _known_suffix(cls, path: str) -> str:
             if Path(path).suffix.lower() not in SUFFIXES:
                 raise ValueError(f"{path!r}: array data are read from {', '.join(SUFFIXES)} files")
             return path

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gengrad.registry import Configured, Settings
 
+# squared distances of points up to here stay finite in float32, in a million dimensions too
+LARGEST = 1e15
+
 
 class Distribution(Configured, ABC):
     """A source or target of mass on events of one shape: ``(d,)`` points, or ``(c, h, w)`` images in [-1, 1].

@@ -6,7 +6,7 @@ import math
 from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from gengrad.data.base import Distribution
@@ -31,14 +31,14 @@ class Diracs(Distribution):
 
         @field_validator("points")
         @classmethod
-        def _one_length(cls, points):
+        def _one_length(cls, points: list[Vector]) -> list[Vector]:
             if len(lengths := sorted({len(point) for point in points})) > 1:
                 raise ValueError(f"all points need as many coordinates; these have {lengths}")
             return points
 
         @field_validator("weights")
         @classmethod
-        def _one_per_point(cls, weights, info):
+        def _one_per_point(cls, weights: list | None, info: ValidationInfo) -> list | None:
             if weights is not None and "points" in info.data and len(weights) != len(info.data["points"]):
                 raise ValueError(f"{len(weights)} weights for {len(info.data['points'])} points")
             return weights

@@ -6,14 +6,14 @@ import math
 from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from gengrad.data.base import Distribution
+from gengrad.data.base import LARGEST, Distribution
 from gengrad.registry import DATASETS, Settings
 
-Positive = Annotated[float, Field(gt=0)]
-Vector = Annotated[list[float], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+Vector = Annotated[list[Annotated[float, Field(ge=-LARGEST, le=LARGEST)]], Field(min_length=1)]
 Matrix = list[list[float]]
 
 # radius of a mode in its standard deviations: it holds 1 - exp(-9/2) = 98.9 % of its mass in two dimensions
@@ -86,7 +86,7 @@ class Gaussian(Distribution):
 
         @field_validator("covariance")
         @classmethod
-        def _is_a_covariance(cls, covariance, info):
+        def _is_a_covariance(cls, covariance: Matrix | None, info: ValidationInfo) -> Matrix | None:
             if covariance is not None and "mean" in info.data:
                 cholesky(_square(covariance, len(info.data["mean"]), "the covariance"))
             return covariance
@@ -125,7 +125,7 @@ class GaussianMixture(Distribution):
 
         @field_validator("means")
         @classmethod
-        def _one_dimension(cls, means):
+        def _one_dimension(cls, means: list[Vector]) -> list[Vector]:
             dimensions = sorted({len(mean) for mean in means})
             if len(dimensions) > 1:
                 raise ValueError(f"all means need the same dimension; these have {dimensions}")
@@ -133,7 +133,7 @@ class GaussianMixture(Distribution):
 
         @field_validator("weights", "scales", "covariances")
         @classmethod
-        def _one_per_mean(cls, values, info):
+        def _one_per_mean(cls, values: list | None, info: ValidationInfo) -> list | None:
             means = info.data.get("means")
             if values is not None and means is not None and len(values) != len(means):
                 raise ValueError(f"{info.field_name} has {len(values)} entries for {len(means)} means")
@@ -141,7 +141,7 @@ class GaussianMixture(Distribution):
 
         @field_validator("covariances")
         @classmethod
-        def _are_covariances(cls, covariances, info):
+        def _are_covariances(cls, covariances: list[Matrix] | None, info: ValidationInfo) -> list[Matrix] | None:
             if covariances is None or "means" not in info.data:
                 return covariances
             if info.data.get("scales") is not None:

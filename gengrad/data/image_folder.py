@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from gengrad.data.images import ImageSettings, PixelData, split
 from gengrad.registry import DATASETS
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -137,7 +140,7 @@ def read_image(file: Path, c: ImageFolder.Config, oddities: Counter) -> tuple[np
     return resized(pixels, c, oddities), grey
 
 
-def to_bytes(image, c: ImageFolder.Config, oddities: Counter) -> tuple[np.ndarray, bool]:
+def to_bytes(image: PIL.Image.Image, c: ImageFolder.Config, oddities: Counter) -> tuple[np.ndarray, bool]:
     """An image of any mode as bytes (h, w, 3), and whether it is grey."""
     from PIL import Image
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from gengrad.data.base import FiniteData
 from gengrad.data.digits import stratified_split
 from gengrad.data.draws import generator_for
 from gengrad.registry import DATASETS, Settings
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 Classes = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -135,7 +138,7 @@ class Torchvision(PixelData):
         pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         return pixels[: c.limit], torch.as_tensor(read.targets).long()[: c.limit]
 
-    def _downloaded(self, cls, train: bool, found: Exception):
+    def _downloaded(self, cls: type, train: bool, found: Exception) -> Dataset:
         """The data set after a download; ``FileNotFoundError`` saying which files to put where when that fails."""
         reason = f"download is false ({found})"
         if self.config.download:

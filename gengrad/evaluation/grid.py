@@ -103,7 +103,9 @@ class GridTruth:
         return float((law.density * (v + self.temperature * logs)).sum() * width)
 
 
-def window(log_source: Callable[[Tensor], Tensor], potential: Callable[[Tensor], Tensor], temperature: float):
+def window(
+    log_source: Callable[[Tensor], Tensor], potential: Callable[[Tensor], Tensor], temperature: float
+) -> tuple[float, float]:
     """(low, high) beyond which neither the source nor exp(-V / temperature) has mass, within [-1000, 1000]."""
     grid = torch.linspace(-1000, 1000, 400_001, dtype=torch.float64)[:, None]
     seen = torch.zeros(len(grid), dtype=torch.bool)

@@ -8,11 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gengrad.data.base import Distribution
 from gengrad.data.draws import draw
 from gengrad.evaluation.grid import GridTruth
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, symmetric_gaussian_kl
 from gengrad.flows.densities import doubled
 from gengrad.flows.flow import Flow
+
+Pairs = list[tuple[Tensor, Tensor]]  # states: points and log rho at them; Gaussians: mean and covariance
 
 
 def forward_densities(flow: Flow, n: int, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -42,7 +45,9 @@ def affine_gaussians(flow: Flow) -> list[tuple[Tensor, Tensor]] | None:
     return states
 
 
-def divergences(flow: Flow, law, step: int, state: tuple[Tensor, Tensor], seed: int) -> tuple[float, float]:
+def divergences(
+    flow: Flow, law: Distribution, step: int, state: tuple[Tensor, Tensor], seed: int
+) -> tuple[float, float]:
     """(KL(flow | law), KL(law | flow)) by means over the flow's particles and over as many draws of the law.
 
     Their standard errors are about sqrt(2 KL / n) each.
@@ -54,7 +59,14 @@ def divergences(flow: Flow, law, step: int, state: tuple[Tensor, Tensor], seed: 
     return forward, backward
 
 
-def judge_steps(flow: Flow, truth, *, n: int, seed: int, chosen: list[int] | None = None) -> list[dict]:
+def judge_steps(
+    flow: Flow,
+    truth: GridTruth | GaussianTruth | RadialTruth | None,
+    *,
+    n: int,
+    seed: int,
+    chosen: list[int] | None = None,
+) -> list[dict]:
     """One row per step: the record of its training, and what the ``truth`` (or None) says of it.
 
     Symmetric KL is exact where flow and truth are Gaussian, and else a mean over n points at the ``chosen`` steps
@@ -78,7 +90,7 @@ def judge_steps(flow: Flow, truth, *, n: int, seed: int, chosen: list[int] | Non
     return rows
 
 
-def judge_end(flow: Flow, target, *, n: int, seed: int, step: int | None = None) -> dict[str, float]:
+def judge_end(flow: Flow, target: Distribution, *, n: int, seed: int, step: int | None = None) -> dict[str, float]:
     """KL both ways between the flow at its end (or ``step``) and a target with samples and a density."""
     step = len(flow.transports) if step is None else step
     states = forward_densities(flow, n, seed)
@@ -86,7 +98,9 @@ def judge_end(flow: Flow, target, *, n: int, seed: int, step: int | None = None)
     return {"kl": forward, "kl_back": backward, "symmetric_kl": forward + backward, "n": n}
 
 
-def _gaussian_row(flow, truth: GaussianTruth, k: int, states, gaussians, seed: int, chosen: bool) -> dict:
+def _gaussian_row(
+    flow: Flow, truth: GaussianTruth, k: int, states: Pairs, gaussians: Pairs | None, seed: int, chosen: bool
+) -> dict:
     row = {
         "energy_exact": truth.energy(k),
         "energy_implicit": truth.energy(k, "implicit"),

@@ -21,6 +21,7 @@ from gengrad import ot
 from gengrad.data.base import Distribution, FiniteData
 from gengrad.data.draws import generator_for
 from gengrad.ot.exact import wasserstein2
+from gengrad.registry import SEEDS
 
 # ------------------------------------------------------------------ distances of two clouds
 
@@ -101,6 +102,11 @@ def mode_coverage(x: Tensor, modes: Tensor, radius: float, weights: Tensor | Non
 FIRST_SAMPLING_SEED = 1_000_000
 
 
+def sampling_seeds(seed: int, draws: int) -> list[int]:
+    """The seeds of the samples that an evaluation keyed by ``seed`` judges, one a draw."""
+    return [(FIRST_SAMPLING_SEED + 1000 * seed + k) % SEEDS for k in range(draws)]
+
+
 class Reference:
     """The fixed side of an evaluation: per draw, points of the target to compare with, others for the floor.
 
@@ -133,7 +139,7 @@ class Reference:
         self.reference_n = min(n, len(target.held_out)) if self.finite else n
         # samples asked for: W_2 takes the first n of them
         self.sample_n = self.n if self.finite else max(self.n, sliced_n)
-        self.sampling_seeds = [FIRST_SAMPLING_SEED + 1000 * seed + k for k in range(draws)]
+        self.sampling_seeds = sampling_seeds(seed, draws)
 
     def points(self, k: int) -> Tensor:
         """What the samples of draw k are compared with, (reference_n or more, d)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
 from gengrad.data.draws import Keyed, draw, draw_labels
-from gengrad.flows import densities
+from gengrad.flows import asked, densities
 from gengrad.flows.metering import counting, solved_by
 from gengrad.flows.stored import read_stored, write_stored
 from gengrad.flows.transports import Condition, Transport, transport_from
@@ -71,6 +71,11 @@ class Flow(nn.Module):
         return len(self.event_shape) == 3
 
     @property
+    def is_phased(self) -> bool:
+        """Whether one can choose how its phases are sampled (``choose``)."""
+        return any(hasattr(t, "set_phases") for t in self.transports)
+
+    @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
@@ -98,12 +103,12 @@ class Flow(nn.Module):
         Sample i starts from the same source point whatever ``n``, ``first`` and ``chunk`` are, so that it comes out
         the same up to the rounding of differently shaped matrix products. ``step``: after that many of the flow's
         transports, not all. When a GPU's memory runs out the chunk is halved and the work goes on. Raises
-        ``ValueError`` for n < 1 or an nfe that the transports cannot spend.
+        ``ValueError`` for what is no whole number or out of bounds, and an nfe that the transports cannot spend.
 
         A flow with classes gives sample i a class drawn like those of the data, or ``label`` to all; ``guidance`` above
         1 pulls towards it at twice the evaluations. Raises ``ValueError`` for either where there are no classes.
         """
-        self._check(n, chunk)
+        asked.check_sampling(n, nfe, seed, first, chunk)
         y = self._labels(first, first + n, seed, label, guidance)
         started, parts, position = time.perf_counter(), [], first
         with solved_by(self.transports, solver), counting(self.transports) as counted:
@@ -134,7 +139,7 @@ class Flow(nn.Module):
         guidance: float = 1.0,
     ) -> Tensor:
         """The same samples on their way: (steps + 1, n, *event), source first."""
-        self._check(n, 1)
+        asked.check_sampling(n, nfe, seed)
         y = self._labels(0, n, seed, label, guidance)
         condition = {} if y is None else {"condition": Condition(y.to(self.device), guidance)}
         with torch.inference_mode(), solved_by(self.transports, solver):
@@ -165,22 +170,7 @@ class Flow(nn.Module):
 
     def check_class(self, label: int | None, guidance: float) -> None:
         """Raises ``ValueError`` for a class, or a guidance, that the flow does not know."""
-        if self.classes is None:
-            if label is not None or guidance != 1:
-                raise ValueError(
-                    "this flow was trained without classes, so it takes neither a class nor guidance; train one with "
-                    "network.classes=K on data with labels"
-                )
-            return
-        if not 0 <= guidance < float("inf"):
-            raise ValueError(f"guidance is a finite number, 0 or more (1: none); got {guidance}")
-        if label is None:
-            return
-        if not 0 <= label < self.classes:
-            raise ValueError(f"class {label} is none of this flow's classes 0 .. {self.classes - 1}")
-        if self.class_weights and not self.class_weights[label]:
-            known = [c for c, weight in enumerate(self.class_weights) if weight]
-            raise ValueError(f"class {label} was not in this flow's data, which had the classes {known}")
+        asked.check_class(self.classes, self.class_weights, label, guidance)
 
     def _labels(self, first: int, stop: int, seed: int, label: int | None, guidance: float) -> Tensor | None:
         """The classes of samples ``first`` .. ``stop - 1``; None for a flow without classes."""
@@ -198,6 +188,7 @@ class Flow(nn.Module):
 
     def allocate(self, nfe: int | None) -> list[int | None]:
         """The share of ``nfe`` that each transport spends, larger first where it does not divide."""
+        asked.check_nfe(nfe)
         count = len(self.transports)
         if nfe is None or count == 0:
             return [None] * count
@@ -216,13 +207,6 @@ class Flow(nn.Module):
 
     def _restore(self, x: Tensor) -> Tensor:
         return x if self.units is None else self.units[0].to(x) + self.units[1] * x
-
-    @staticmethod
-    def _check(n: int, chunk: int) -> None:
-        if n < 1:
-            raise ValueError(f"n is the number of samples, at least 1; got {n}")
-        if chunk < 1:
-            raise ValueError(f"chunk is the number of samples moved at once, at least 1; got {chunk}")
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights."""
@@ -294,7 +278,9 @@ def load(directory: str | os.PathLike, device: str | torch.device = "cpu") -> Fl
 
     Raises ``FileNotFoundError`` where there is none and ``ValueError`` for one that is truncated, altered or newer.
     """
-    description, tensors = read_stored(Path(directory))
+    if not isinstance(directory, (str, os.PathLike)):
+        raise ValueError(f"load takes the folder of a run, e.g. gengrad.load('runs/a'); got {directory!r}")
+    description, tensors = read_stored(Path(directory).expanduser())
     try:
         return Flow.rebuild(description, tensors).to(device)
     except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:

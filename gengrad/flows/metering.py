@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+from torch import nn
 
 from gengrad.flows.solvers import SOLVERS
 from gengrad.flows.transports import Transport
@@ -30,8 +32,8 @@ def counting(transports: Iterable[Transport]) -> Iterator[dict[str, int]]:
     """Evaluations times samples, counted as they happen: of velocities under "", of other networks by their name."""
     counted = {"": 0}
 
-    def count_as(name: str):
-        def count(module, inputs):
+    def count_as(name: str) -> Callable[[nn.Module, tuple], None]:
+        def count(module: nn.Module, inputs: tuple) -> None:
             counted[name] = counted.get(name, 0) + len(inputs[0])
 
         return count

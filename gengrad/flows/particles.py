@@ -48,8 +48,9 @@ def particle_flow(
     *,
     record_values: bool = False,
 ) -> ParticleFlow:
-    """Explicit Euler on particles: X^{k+1} = X^k + tau_k v(X^k), v = ``functional.velocity``.
+    """Explicit Euler on particles: X^{k+1} = X^k + tau_k v(X^k), v = ``functional.velocity`` = -n dF/dX.
 
+    Source: algorithm 1 of arXiv 2401.14069, there with v of the Sinkhorn divergence.
     ``functional`` may also be a function of the step number, for a fresh target batch at each step. x: (n, *event).
     Raises ``ValueError`` for a functional that needs a density, and for a step that is not positive and finite.
     Solvers inside the functional are warm-started from the step before.

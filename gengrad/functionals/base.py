@@ -90,7 +90,7 @@ class Functional(Configured, ABC):
 
     __rmul__ = __mul__
 
-    def __radd__(self, other) -> Functional:
+    def __radd__(self, other: object) -> Functional:
         return self if other == 0 else NotImplemented  # so that sum([F, G]) works
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gengrad.functionals.base import Functional, VelocityField
-from gengrad.ot import sinkhorn_divergence, sinkhorn_velocity
+from gengrad.ot import SinkhornResult, sinkhorn_divergence, sinkhorn_velocity
 from gengrad.registry import FUNCTIONALS, Settings
 
 
@@ -72,7 +72,7 @@ def _barycentre(points: Tensor, y: Tensor, g: Tensor, epsilon: Tensor) -> Tensor
     return torch.softmax(logits, dim=1) @ y
 
 
-def sinkhorn_log(result) -> dict[str, float]:
+def sinkhorn_log(result: SinkhornResult) -> dict[str, float]:
     """The diagnosis of a Sinkhorn solve as plain numbers, under the names that the metrics use."""
     log = {
         "epsilon": float(torch.as_tensor(result.epsilon).mean()),

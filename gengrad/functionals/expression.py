@@ -63,7 +63,7 @@ Expression = Annotated[list[dict], BeforeValidator(read_expression)]
 ParticleExpression = Annotated[list[dict], BeforeValidator(read_particle_expression)]
 
 
-def build_expression(terms: list[dict], target=None, samples: Tensor | None = None) -> Functional:
+def build_expression(terms: list[dict], target: object = None, samples: Tensor | None = None) -> Functional:
     """The functional that the ``terms`` of ``read_expression`` describe.
 
     ``target`` has the log density that terms such as ``kl`` take, ``samples`` are the points that divergences take,

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from pydantic import model_validator
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from gengrad.functionals.base import Functional, VelocityField
 from gengrad.registry import FUNCTIONALS, Settings
@@ -105,7 +106,7 @@ class _PowerPairs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, config, singular: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, x: Tensor, config: Settings, singular: bool) -> tuple[Tensor, Tensor]:
         total, pairs, gradient = x.new_zeros(()), 0, torch.empty_like(x)
         block = max(1, BLOCK // len(x))
         for start in range(0, len(x), block):
@@ -128,7 +129,7 @@ class _PowerPairs(torch.autograd.Function):
         return total, count
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx: FunctionCtx, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
         return grad * ctx.saved_tensors[0], None, None
 
 

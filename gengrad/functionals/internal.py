@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -96,7 +96,7 @@ class KL(Sum):
 
     takes: ClassVar = "density"
 
-    def __init__(self, target, config: Settings | None = None):
+    def __init__(self, target: Any, config: Settings | None = None):
         super().__init__([(1.0, Entropy()), (1.0, PotentialEnergy(lambda x: -target.log_density(x)))])
         self.config = config or self.Config()
         self.target = target

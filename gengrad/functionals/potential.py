@@ -31,7 +31,7 @@ class PotentialEnergy(Functional):
 
         @field_validator("potential", mode="before")
         @classmethod
-        def _known(cls, given):
+        def _known(cls, given: object) -> dict | None:
             if given is None:
                 return None
             given = {"name": given} if isinstance(given, str) else given

@@ -9,6 +9,9 @@ from gengrad.methods.nsgf_pp import NSGFPlusPlus
 from gengrad.methods.particles import Particles
 from gengrad.methods.riesz_backward import RieszBackward
 from gengrad.methods.riesz_forward import RieszForward
+from gengrad.registry import import_all
+
+import_all(__name__, __path__)  # what has a file is registered, also where no name of it is public
 
 __all__ = [
     "JKOICNN",

@@ -106,6 +106,10 @@ class Method(Configured, ABC):
         """Batches it takes besides ``train.batch_size``: key -> (size, whether the processes share it out)."""
         return {}
 
+    def plans(self, batch_size: int) -> dict[str, tuple[int, int]]:
+        """Transport problems it solves with a ``train.batch_size``: "key=size", as given -> (rows, columns)."""
+        return {}
+
     def least_nfe(self) -> int:
         """The fewest network evaluations that a sample of its flow takes."""
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -32,7 +32,7 @@ class JKOFilter(JKOICNN):
 
         @field_validator("observations")
         @classmethod
-        def _pairs(cls, observations):
+        def _pairs(cls, observations: list[list[float]]) -> list[list[float]]:
             if any(len(pair) != 2 for pair in observations):
                 raise ValueError("each observation is a pair [time, value]")
             times = [time for time, _ in observations]
@@ -82,7 +82,12 @@ class JKOFilter(JKOICNN):
 
 
 def simulate(
-    potential, beta: float, times: list[float], noise: float, seed: int, start: float = 0.0
+    potential: Callable[[Tensor], Tensor],
+    beta: float,
+    times: list[float],
+    noise: float,
+    seed: int,
+    start: float = 0.0,
 ) -> list[list[float]]:
     """Observations [time, value] of one path of dX = -grad V dt + sqrt(2 / beta) dW, Euler's method with steps 1e-3."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from pydantic import AliasChoices, Field, model_validator
@@ -132,7 +132,7 @@ class Finished(Stage):
     def __init__(self, k: int):
         self.name = f"step_{k + 1}"
 
-    def objective(self, networks, part, generator):
+    def objective(self, *arguments: object) -> NoReturn:
         raise RuntimeError(f"{self.name} has been trained already")
 
     transport = objective

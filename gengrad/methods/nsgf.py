@@ -76,7 +76,7 @@ class NSGF(Method):
 
         @model_validator(mode="before")
         @classmethod
-        def _step_by_step(cls, given):
+        def _step_by_step(cls, given: object) -> object:
             """Another functional has no plan to go straight along; the settings of the Sinkhorn flow say nothing."""
             if not isinstance(given, dict) or given.get("functional") is None:
                 return given
@@ -102,6 +102,11 @@ class NSGF(Method):
         c = self.config
         found = {"method.ot_batch": (c.ot_batch, c.ot_scope != "global")}
         return found | {"method.target_batch": (c.target_batch or c.ot_batch, c.ot_scope == "local")}
+
+    def plans(self, batch_size: int) -> dict[str, tuple[int, int]]:
+        c = self.config
+        targets = f" with method.target_batch={c.target_batch}" if c.target_batch else ""
+        return {f"method.ot_batch={c.ot_batch}{targets}": (c.ot_batch, c.target_batch or c.ot_batch)}
 
     def refusals(self, classes: int | None) -> list[str]:
         c = self.config

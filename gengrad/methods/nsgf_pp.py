@@ -63,7 +63,7 @@ class NSGFPlusPlus(Method):
             """From where on the straight flow is trained."""
             return self.until if self.shared_network else max(0.0, self.until - self.margin)
 
-    batches, refusals = NSGF.batches, NSGF.refusals
+    batches, plans, refusals = NSGF.batches, NSGF.plans, NSGF.refusals
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         c = self.config

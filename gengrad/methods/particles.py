@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from pydantic import AliasChoices, Field, model_validator
@@ -28,7 +28,7 @@ class ParticleStage(Stage):
     def __init__(self, problem: Problem, config: Particles.Config):
         self.problem, self.config, self.networks = problem, config, {}
 
-    def objective(self, networks: dict, part: Part, generator: torch.Generator):
+    def objective(self, networks: dict, part: Part, generator: torch.Generator) -> NoReturn:
         raise NotImplementedError("the particle flow has no objective; its stage has no networks")
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 EXACT = 64  # dimension up to which Hessians are assembled and factorised
 Product = Callable[[Tensor], Tensor]  # v (n, d) -> H v (n, d), one matrix H_i for each row
@@ -19,7 +20,7 @@ class _LogDet(torch.autograd.Function):
     """d log det H = tr(H^{-1} dH): the inverse from the factor, not the derivative of the factorisation."""
 
     @staticmethod
-    def forward(ctx, h: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, h: Tensor) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(h)
         if bool((info != 0).any()) or not bool(factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
             bad = int((info != 0).sum())
@@ -31,7 +32,7 @@ class _LogDet(torch.autograd.Function):
         return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         (factor,) = ctx.saved_tensors
         return grad[..., None, None] * torch.cholesky_inverse(factor)
 

@@ -82,7 +82,9 @@ class ICNN(nn.Module, Configured):
         phi = self._outer() * (torch.stack(h) * self.s[:, None]).sum((0, 2))
         return (x @ self.quadratic * x).sum(1) / 2 + x @ self.shift + phi
 
-    def forward(self, x: Tensor, log_det: bool = False, generator: torch.Generator | None = None):
+    def forward(
+        self, x: Tensor, log_det: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # a Hessian in half precision is not positive definite
             return self._forward(x, log_det, generator)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def _top(states: Sequence[State], chosen: Sequence[int]) -> float | None:
     return 1.15 * min(max(peaks), 2 * float(np.quantile(peaks, 0.8)))
 
 
-def _panel(axes: Axes, state: State, truth, limits, top: float | None, share: float) -> None:
+def _panel(axes: Axes, state: State, truth: Any, limits: Sequence, top: float | None, share: float) -> None:
     x, log_rho = state
     colour = flow_colours()(share)
     if x.shape[1] == 1:
@@ -117,7 +117,7 @@ def _panel(axes: Axes, state: State, truth, limits, top: float | None, share: fl
         _marginal(axes, x, truth, colour)
 
 
-def _plane(axes: Axes, x: Tensor, log_rho: Tensor, truth, limits) -> None:
+def _plane(axes: Axes, x: Tensor, log_rho: Tensor, truth: Any, limits: Sequence) -> None:
     """Density as colour on the triangles of the particles; contours of the truth over it."""
     density = log_rho.exp().numpy()
     axes.tripcolor(x[:, 0].numpy(), x[:, 1].numpy(), density, shading="gouraud", cmap="Blues", vmin=0,
@@ -134,7 +134,7 @@ def _plane(axes: Axes, x: Tensor, log_rho: Tensor, truth, limits) -> None:
         spine.set(color="#D5D8DC", linewidth=0.8)
 
 
-def _marginal(axes: Axes, x: Tensor, truth, colour) -> None:
+def _marginal(axes: Axes, x: Tensor, truth: Any, colour: tuple) -> None:
     centred = x - x.mean(0)
     axis = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -1]
     if truth is not None:

@@ -38,7 +38,7 @@ def _bare(axes: Axes, limits: tuple[float, float, float, float]) -> None:
         spine.set(color="#D5D8DC", linewidth=0.8)
 
 
-def _dots(axes: Axes, x: np.ndarray, colour, size: float, alpha: float, **more) -> None:
+def _dots(axes: Axes, x: np.ndarray, colour: str | tuple, size: float, alpha: float, **more) -> None:
     x = x[:POINTS]
     axes.scatter(x[:, 0], x[:, 1], s=size, color=colour, alpha=alpha, linewidths=0, **more)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from gengrad.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
@@ -24,7 +25,7 @@ DPI = 160
 def save(picture: Figure | Image, path: str | Path) -> None:
     """Writes a figure or an image as PNG, atomically."""
 
-    def write(file) -> None:
+    def write(file: IO[bytes]) -> None:
         if hasattr(picture, "savefig"):
             picture.savefig(file, format="png", dpi=DPI)
         else:
@@ -64,7 +65,7 @@ def new_figure(columns: int, width: float, height: float) -> tuple[Figure, list[
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def flow_colours():
+def flow_colours() -> Colormap:
     """Flow time in [0, 1] -> colour."""
     from matplotlib.colors import LinearSegmentedColormap
 

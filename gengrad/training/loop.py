@@ -21,6 +21,7 @@ from gengrad.training.ranks import together
 from gengrad.training.tracking import Tracker
 
 MOST_SKIPS = 10  # non-finite steps in a row after which a run gives up
+SILENCE = 20.0  # seconds without a line after which a run without a bar speaks
 
 
 @dataclass
@@ -109,6 +110,7 @@ def _fit_stage(
             stage.load_state(found.rank["stage"])
     tracker.start(stage.name, stage.steps, progress.step)
     clock, first = time.perf_counter(), progress.step
+    spoken = clock
     while progress.step < stage.steps:
         result = fitter.step(progress)
         progress.step, progress.total = progress.step + 1, progress.total + 1
@@ -117,7 +119,11 @@ def _fit_stage(
         else:
             progress.skips = 0
         if result is not None and (progress.step % settings.log_every == 0 or progress.step == stage.steps):
-            _log(fitter, result, run, (progress.step - first) / (time.perf_counter() - clock))
+            _log(fitter, result, run)
+        now = time.perf_counter()
+        if result is not None and not tracker.has_bar and (_worth_a_line(progress, settings) or now - spoken > SILENCE):
+            spoken = now
+            _speak(fitter, float(result[0]), run, (progress.step - first) / (now - clock))
         tracker.advance()
         stopping = interrupts.agreed(lambda number: _largest(run.accelerator, number))
         if progress.step == stage.steps:
@@ -164,7 +170,19 @@ def _count_skip(fitter: Fitter, flow: Flow, run: Run) -> None:
     )
 
 
-def _log(fitter: Fitter, result: tuple, run: Run, speed: float) -> None:
+def _worth_a_line(progress: Progress, settings: TrainSettings) -> bool:
+    """Every ten logged rows, and at each quarter of a run that is shorter than that."""
+    quarters = [4 * total // settings.steps for total in (progress.total - 1, progress.total)]
+    return progress.step % (10 * settings.log_every) == 0 or quarters[0] < quarters[1]
+
+
+def _speak(fitter: Fitter, loss: float, run: Run, speed: float) -> None:
+    """A line for the reader; ``loss`` is that of this process's rows, ``speed`` in steps a second."""
+    pace = f"{speed:.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
+    run.tracker.say(f"{fitter.stage.name} {run.progress.step}/{fitter.stage.steps}  loss {loss:.4g}  {pace}")
+
+
+def _log(fitter: Fitter, result: tuple, run: Run) -> None:
     loss, norm, logs = result
     if run.accelerator.num_processes > 1:
         loss = run.accelerator.reduce(loss, reduction="mean")
@@ -179,10 +197,6 @@ def _log(fitter: Fitter, result: tuple, run: Run, speed: float) -> None:
     }
     fitter.spent = {}
     run.tracker.log(row)
-    if not run.tracker.has_bar and (run.progress.step % (10 * fitter.settings.log_every) == 0):
-        run.tracker.say(
-            f"{row['stage']} {row['step']}/{fitter.stage.steps}  loss {row['loss']:.4g}  {speed:.0f} steps/s"
-        )
 
 
 def _shared_state(fitter: Fitter | None, flow: Flow, run: Run) -> dict:

@@ -26,7 +26,7 @@ class Ranks:
         if not (group.is_available() and group.is_initialized()):
             return cls()
 
-        def gather(value):
+        def gather(value: object) -> list:
             values = [None] * group.get_world_size()
             group.all_gather_object(values, value)
             return values

@@ -96,3 +96,16 @@ def test_an_unbent_pinwheel_without_width_is_a_star_of_its_arms():
     turns = torch.atan2(x[:, 1], x[:, 0]) * 3 / (2 * math.pi)
     on_an_arm = (turns - turns.round()).abs() < 1e-4
     assert on_an_arm.double().mean() > 0.998  # 1 + 0.3 Z is negative with probability 4e-4
+
+
+def test_the_ranges_that_the_docstrings_name_hold_and_are_not_wide():
+    def draws(cls, **settings):
+        return cls(**settings).sample(20_000, torch.Generator().manual_seed(0))
+
+    moons = draws(Moons, noise=0.0)
+    assert torch.allclose(moons.amin(0), torch.tensor([-4.0, -2.5]), atol=0.01)
+    assert torch.allclose(moons.amax(0), torch.tensor([5.0, 2.0]), atol=0.01)
+    roll = draws(SwissRoll, noise=0.0).norm(dim=1)
+    assert float(roll.min()) == pytest.approx(0.94, abs=0.01) and float(roll.max()) == pytest.approx(2.83, abs=0.01)
+    assert 3.2 < float(draws(TwoSpirals, noise=0.0).norm(dim=1).max()) < 3.4
+    assert float((draws(Pinwheel).norm(dim=1) < 4).float().mean()) > 0.995

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from gengrad.functionals import EnergyDistance, Functional, InteractionEnergy, PotentialEnergy, SinkhornDivergence
 from gengrad.registry import FUNCTIONALS
 
-# settings tight enough that the solver's tolerance does not show, in fp64
-TIGHT = {"sinkhorn_divergence": {"epsilon": 0.3, "tol": 1e-6}, "energy_distance": {}, "riesz_mmd": {"r": 1.3}}
+# settings tight enough that the solver's tolerance does not show, in fp64; another functional has its defaults
+TIGHT = {"sinkhorn_divergence": {"epsilon": 0.3, "tol": 1e-6}, "riesz_mmd": {"r": 1.3}}
 
 
 TO_SAMPLES = [name for name in FUNCTIONALS if FUNCTIONALS.get(name).takes == "samples"]
@@ -20,7 +20,7 @@ def cloud(n, d, seed):
 
 
 def make(name, target):
-    return FUNCTIONALS.get(name)(target, **TIGHT[name])
+    return FUNCTIONALS.get(name)(target, **TIGHT.get(name, {}))
 
 
 @pytest.mark.parametrize("name", TO_SAMPLES)
@@ -79,6 +79,13 @@ def test_energy_distance_of_two_diracs_is_their_distance_and_the_velocity_points
     functional = EnergyDistance(y)
     assert float(functional(x)) == pytest.approx(5.0)
     assert torch.allclose(functional.velocity(x), torch.tensor([[0.0, 0.6, 0.8]]))
+
+
+def test_the_metric_of_that_name_is_twice_the_functional():
+    from gengrad.evaluation.transport import energy_distance
+
+    x, y = torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [3.0, 4.0]])  # both leave out no pair of distance above zero
+    assert energy_distance(x, y) == pytest.approx(2 * float(EnergyDistance(y)(x))) == pytest.approx(10.0)
 
 
 def test_sinkhorn_divergence_of_two_diracs_is_half_the_squared_distance():

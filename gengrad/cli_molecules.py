@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from gengrad.cli_latent import add_latent
+
 
 def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=type(parser))
@@ -39,6 +41,7 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
     judge.add_argument("--objective", type=Path, required=True, metavar="FILE.yaml")
     judge.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
     judge.set_defaults(command=score)
+    add_latent(commands, positive)
 
 
 def _add_file(parser: argparse.ArgumentParser, positive) -> None:

@@ -14,8 +14,9 @@ import yaml
 from pydantic import Field
 
 import gengrad.data
+import gengrad.latent
 import gengrad.methods
-import gengrad.networks  # noqa: F401 - the three imports fill the registries
+import gengrad.networks  # noqa: F401 - the four imports fill the registries
 from gengrad.registry import DATASETS, METHODS, NETWORKS, Registry, Settings
 from gengrad.strict_yaml import ConfigError, Loader, check, parse_yaml
 from gengrad.training.fitter import TrainSettings

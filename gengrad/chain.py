@@ -1,17 +1,18 @@
 """The chain of a run on molecules: prepare, autoencoder, scores, codes, surrogate, flow, decode; each kept when made.
 
-    RUN/molecules/      molecules.csv, rejected.csv, prepare.json
-    RUN/autoencoder/    autoencoder.safetensors, autoencoder.json, reconstruction.json, checkpoints
-    RUN/latents/        latents.safetensors, latents.json: codes, true properties and totals of every molecule
-    RUN/surrogate/      surrogate.safetensors, surrogate.json
-    RUN/                the flow's own files, and objective.yaml, reconstruction.json, steps.csv,
-                        population_before.csv, population_after.csv
+RUN/molecules/      molecules.csv, rejected.csv, prepare.json
+RUN/autoencoder/    autoencoder.safetensors, autoencoder.json, reconstruction.json, checkpoints
+RUN/latents/        latents.safetensors, latents.json: codes, true properties and totals of every molecule
+RUN/surrogate/      surrogate.safetensors, surrogate.json
+RUN/                the flow's own files, and objective.yaml, reconstruction.json, steps.csv,
+                    population_before.csv, population_after.csv
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,12 @@ FLOWS: dict[str, dict] = {
         "train": {"steps": 700, "batch_size": 256, "lr": 1e-3, "checkpoint_every": 200},
         "evaluate": {"nfe": [5], "n": 1000},
     },
+    "nsgf": {
+        "network": {"name": "mlp", "width": 256, "depth": 3, "activation": "silu"},
+        "method": {"name": "nsgf", "pool": "geodesic", "target": "match", "ot_batch": 512},
+        "train": {"steps": 3000, "batch_size": 512, "lr": 1e-3, "checkpoint_every": 500},
+        "evaluate": {"nfe": [10], "n": 1000},
+    },
 }
 
 
@@ -66,13 +73,19 @@ def processes() -> int:
 
 def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -> Outcome:
     """Makes what is missing, trains the flow as any other run, and follows a population along it."""
+    world, rank = (int(os.environ.get(key, default)) for key, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     out, say = Path(config.general.out), (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     settings = Latents.Config(**{key: value for key, value in config.data.items() if key != "name"})
+    if world > 1 and not (out / "surrogate" / "surrogate.json").is_file():
+        raise ConfigError(
+            f"{out} lacks the autoencoder or the surrogate, which one process makes: run the same command once without "
+            "the launcher, until the flow begins"
+        )
     stopped = make(settings, out, say, device=_device(config), quiet=quiet)
     if stopped is not None:
         return Outcome(False, stopped, Progress(), 0.0, 0.0)
     outcome = gengrad.run.train(placed(config, out), quiet=quiet, again=again)
-    if outcome.finished:
+    if outcome.finished and rank == 0:
         follow(load(out), out, n=config.evaluate.n, seed=config.evaluate.seed, nfe=config.evaluate.nfe[0], say=say)
     return outcome
 
@@ -102,9 +115,21 @@ def _with_surrogate(term: dict, out: Path) -> dict:
     return {**term, "potential": {**potential, "folder": str(out / "surrogate")}}
 
 
-def flow_config(method: str, data: dict, out: str) -> dict:
-    """The config, as plain data, of a run that moves molecules by ``jko_icnn`` or ``nsgf``; ``data``: of ``latents``."""
-    raw = {"out": out, "data": {"name": Latents.name, **data}, "source": {"name": Latents.name}}
+def flow_config(method: str, data: dict, out: str, at_most: float | None = None, at_least: float | None = None) -> dict:
+    """The config, as plain data, of a run that moves molecules by a method of ``FLOWS``; ``data``: of ``latents``.
+
+    Molecules with a true total of ``at_most`` so much start. ``jko_icnn`` descends the potential and keeps near them;
+    ``nsgf`` goes to those with ``at_least`` so much, and refuses to go nowhere.
+    """
+    if (method == "nsgf") == (at_least is None):
+        raise ValueError(
+            "nsgf moves toward the molecules that meet the target: say what meeting it is, e.g. --at-least 0.9"
+            if method == "nsgf"
+            else f"at_least={at_least:g} chooses the molecules that nsgf goes to; {method} descends the potential"
+        )
+    target = {"at_least": at_least} if method == "nsgf" else {"at_most": at_most}
+    raw = {"out": out, "data": {"name": Latents.name, **data, **target}}
+    raw["source"] = {"name": Latents.name, "at_most": at_most}
     return {**raw, **{key: dict(value) for key, value in FLOWS[method].items()}}
 
 
@@ -126,15 +151,11 @@ def make(settings: Latents.Config, out: Path, say: Say, *, device: str = "cpu", 
         codec = train_autoencoder(smiles, out / "autoencoder", settings.autoencoder, **options)
         if isinstance(codec, int):
             return codec
-    write_json(out / "reconstruction.json", _report(codec))
+    write_json(out / "reconstruction.json", codec.report())
     cloud = encoded(codec, ids, smiles, objective, out, say)
     surrogate_for(cloud, codec, objective, settings.surrogate, out, say)
     _write_objective(objective, out)
     return None
-
-
-def _report(codec: Codec) -> dict:
-    return {**codec.info.get("reconstruction", {}), "spectrum": codec.whitening.spectrum.tolist(), **codec.info}
 
 
 def _write_objective(objective: Objective, out: Path) -> None:
@@ -143,7 +164,7 @@ def _write_objective(objective: Objective, out: Path) -> None:
 
 
 def molecules(settings: Latents.Config, folder: Path, say: Say = lambda text: None) -> tuple[list[str], list[str]]:
-    """(ids, canonical SMILES) of the file, standardised, or of the library; drawn by the seed where there is a limit."""
+    """(ids, canonical SMILES) of the file, standardised, or of the library; some by the seed where there is a limit."""
     given = {"library": settings.library, "seed": settings.seed}
     if settings.path is not None:
         if not Path(settings.path).is_file():
@@ -175,7 +196,7 @@ def molecules(settings: Latents.Config, folder: Path, say: Say = lambda text: No
 def encoded(
     codec: Codec, ids: list[str], smiles: list[str], objective: Objective, out: Path, say: Say = lambda text: None
 ) -> Cloud:
-    """Codes and true scores of the molecules that the autoencoder can take; the others are in ``latents/left_out.csv``."""
+    """Codes and true scores of the molecules that the autoencoder can take; the others: ``latents/left_out.csv``."""
     told = {
         "codec": codec.digest(),
         "molecules": digest_of(smiles),
@@ -234,8 +255,8 @@ def surrogate_for(
 
 def _another(folder: Path, what: str) -> ConfigError:
     return ConfigError(
-        f"{folder} holds {what} made with other settings, or from another file. Nothing was changed there. Give another "
-        "out=..., or delete that folder to make them anew"
+        f"{folder} holds {what} made with other settings, or from another file. Nothing was changed there. Give "
+        "another out=..., or delete that folder to make them anew"
     )
 
 
@@ -270,4 +291,5 @@ def follow(flow: Flow, out: Path, *, n: int, seed: int, nfe: int | None, say: Sa
     write_atomically(out / "steps.csv", table(list(rows[0]), (row.values() for row in rows)))
     first, last = rows[0]["true_median"], rows[-1]["true_median"]
     say(f"median total {first:.3f} -> {last:.3f}; written: {out}/population_after.csv, .png, steps.csv")
+    say(f"more of them: python sample.py {shlex.quote(str(out))} --n 1000 --seed 1 --out hits.csv   (also .sdf, .png)")
     return rows

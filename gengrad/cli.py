@@ -105,7 +105,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         help="network evaluations per sample; several give a table and a plot of quality",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="a .npy, .pt or .png file; of molecules .csv, .sdf or .png")
+    parser.add_argument("--out", type=Path, default=None, help=".npy, .pt or .png; of molecules .csv, .sdf or .png")
     parser.add_argument("--solver", choices=("euler", "midpoint", "heun", "rk4"), default=None)
     add_choices(parser)
     parser.add_argument(
@@ -207,8 +207,8 @@ def sample(given) -> int:
 
     flow = _flow(given)
     _choose_phases(flow, given)
-    points = given.out is not None and given.out.suffix in (".npy", ".pt")  # of the latent space, if of molecules
-    if flow.info.get("config", {}).get("data", {}).get("name") == "latents" and not points:
+    codes = given.out is not None and given.out.suffix in (".npy", ".pt")
+    if flow.info.get("config", {}).get("data", {}).get("name") == "latents" and not codes:
         return sample_molecules(flow, given)
     folder = Path(given.run)
     out = writable(given.out, sampling.ENDINGS) if given.out else None

@@ -36,6 +36,8 @@ def add_latent(commands, positive) -> None:
     _add_file(move)
     _add_parts(move, required=False)
     move.add_argument("--method", choices=("jko_icnn", "nsgf"), default="jko_icnn")
+    move.add_argument("--at-most", type=float, default=None, metavar="X", help="only molecules of such a total start")
+    move.add_argument("--at-least", type=float, default=None, metavar="X", help="nsgf: go to molecules of such a total")
     move.add_argument("overrides", nargs="*", metavar="key=value", help="as of train.py, e.g. method.tau=2")
     move.set_defaults(command=flow)
 
@@ -123,7 +125,7 @@ def flow(given) -> int:
 
     objective = load_objective(given.objective).settings.model_dump(mode="json")
     data = {"path": given.file, "column": given.column, "objective": objective, "autoencoder_from": given.autoencoder}
-    raw = chain.flow_config(given.method, data, str(given.out))
+    raw = chain.flow_config(given.method, data, str(given.out), given.at_most, given.at_least)
     file = given.out / "flow.yaml"
     write_atomically(file, yaml.safe_dump(raw, sort_keys=False).encode())
     print(f"written: {file}; the same run: {shlex.join(['python', 'train.py', str(file), *given.overrides])}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gengrad.flows.stored import read_stored, write_stored
 from gengrad.molecules.autoencoder import CHUNK, Autoencoder
-from gengrad.molecules.tokens import Alphabet
+from gengrad.molecules.tokens import Alphabet, selfies_of
 from gengrad.molecules.workers import Workers
 
 KIND = "autoencoder"
@@ -58,22 +58,29 @@ class Codec:
     def __init__(self, network: Autoencoder, alphabet: Alphabet, whitening: Whitening, info: dict | None = None):
         self.network, self.alphabet, self.whitening = network.eval(), alphabet, whitening
         self.info = dict(info or {})
+        self._known: dict[str, list[int]] = {}
 
     @property
     def latent(self) -> int:
         return self.network.config.latent
 
     def rows(self, smiles: Sequence[str], processes: int = 1) -> list[list[int] | ValueError]:
-        """Each molecule in numbers, or the reason why this autoencoder cannot take it."""
-        found: list[list[int] | ValueError] = []
-        for symbols in symbols_of(smiles, processes):
-            try:
-                if isinstance(symbols, ValueError):
-                    raise symbols
-                found.append(self.alphabet.numbers(symbols))
-            except ValueError as error:
-                found.append(ValueError(str(error)))
-        return found
+        """Each molecule in numbers, or why this autoencoder cannot take it; ``processes`` as in ``symbols_of``."""
+        unknown = [text for text in dict.fromkeys(smiles) if text not in self._known]
+        found = dict(zip(unknown, symbols_of(unknown, processes))) if unknown else {}
+        return [self._known[text] if text in self._known else self._numbers(found[text]) for text in smiles]
+
+    def remember(self, smiles: Sequence[str], rows: Sequence[list[int]]) -> None:
+        """What ``rows`` would say of these molecules, so that it need not be found again."""
+        self._known |= dict(zip(smiles, rows))
+
+    def _numbers(self, symbols: list[str] | ValueError) -> list[int] | ValueError:
+        if isinstance(symbols, ValueError):
+            return symbols
+        try:
+            return self.alphabet.numbers(symbols)
+        except ValueError as error:
+            return ValueError(str(error))
 
     def encode(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Whitened points (n, latent) of molecules in numbers."""
@@ -117,6 +124,11 @@ class Codec:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} does not hold an autoencoder that this version can build: {error}") from None
 
+    def report(self) -> dict:
+        """How well it gives molecules back, the spectrum of its codes and what it was trained on: plain data."""
+        rest = {key: value for key, value in self.info.items() if key != "reconstruction"}
+        return {**self.info.get("reconstruction", {}), "spectrum": self.whitening.spectrum.tolist(), **rest}
+
     def digest(self) -> str:
         """What tells this codec from any other: the first digits of the hash of its weights."""
         from hashlib import sha256
@@ -133,6 +145,18 @@ def build_network(config: Autoencoder.Config, alphabet: Alphabet) -> Autoencoder
 
 
 def symbols_of(smiles: Sequence[str], processes: int = 1) -> list[list[str] | ValueError]:
-    """The SELFIES symbols of each molecule, or the reason why it has none; in processes that may be killed."""
+    """The SELFIES symbols of each molecule, or the reason why it has none.
+
+    In processes that may be killed; 0 of them: here, for molecules that the decoder has made.
+    """
+    if not processes:
+        return [_symbols_or_reason(text) for text in smiles]
     answers = Workers("selfies", {}, processes).map(smiles)
     return [ValueError(a.problem) if a.problem is not None else a.value for a in answers]
+
+
+def _symbols_or_reason(smiles: str) -> list[str] | ValueError:
+    try:
+        return selfies_of(smiles)
+    except ValueError as error:
+        return error

@@ -19,7 +19,7 @@ KIND = "latents"
 
 @dataclass(frozen=True)
 class Cloud:
-    """Molecules with their whitened codes x (n, d), raw properties (n, scorers) and true totals (n,) of an objective."""
+    """Molecules with whitened codes x (n, d), raw properties (n, scorers) and true totals (n,) of an objective."""
 
     ids: list[str]
     smiles: list[str]
@@ -57,7 +57,7 @@ class Latents(FiniteData):
     does not say itself. ``at_least`` and ``at_most`` choose molecules by their true total.
     """
 
-    made_by_a_run = True
+    made_by_a_run = True  # so that nothing but a run's folder holds it
 
     class Config(Settings):
         path: str | None = None
@@ -108,9 +108,8 @@ class Latents(FiniteData):
         if keep.sum() < 2:
             known = cloud.total[~cloud.total.isnan()]
             reach = f"from {known.min():.4g} to {known.max():.4g}" if len(known) else "nowhere: they have no total"
-            bounds = " and ".join(
-                f"{key}={value:g}" for key, value in (("at_least", c.at_least), ("at_most", c.at_most)) if value is not None
-            )
+            given = {"at_least": c.at_least, "at_most": c.at_most}
+            bounds = " and ".join(f"{key}={value:g}" for key, value in given.items() if value is not None)
             raise ValueError(
                 f"{int(keep.sum())} of {len(keep)} molecules have a total with {bounds or 'no bounds'}; the totals go "
                 f"{reach}. At least 2 are needed: move the bounds"

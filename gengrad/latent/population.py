@@ -1,4 +1,4 @@
-"""A population: whitened points decoded, filtered and scored, each beside the molecule it came from; its three files."""
+"""A population: whitened points decoded, filtered and scored, each beside the molecule it came from; its files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def states(flow: Flow, x: Tensor, seed: int, nfe: int | None = None):
     here = x.to(flow.device)
     for number, (transport, share) in enumerate(zip(flow.transports, flow.allocate(nfe))):
         noise = Keyed(0, len(x), seed, f"latent/{number}")
-        for here in transport.path(here, noise, share):  # noqa: B020, PLR1704 - the next transport starts where it ends
+        for here in transport.path(here, noise, share):  # noqa: B020 - the next transport starts where it ends
             yield here.cpu()
 
 

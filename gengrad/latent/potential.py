@@ -17,6 +17,8 @@ class SurrogatePotential(Configured):
     that the surrogate has not learned.
     """
 
+    made_by_a_run = True  # so that nothing but a run's folder holds it
+
     class Config(Settings):
         folder: str | None = None
         objective: dict | None = None

@@ -18,7 +18,7 @@ class AutoencoderSettings(Settings):
     lr: float = Field(2e-3, gt=0)
     warmup: int = Field(100, ge=0)
     noise: float = Field(0.05, ge=0)  # standard deviation of what is added to the codes
-    norm: float = Field(1e-3, ge=0)  # weight of the mean square of the codes, which keeps them from outgrowing the noise
+    norm: float = Field(1e-3, ge=0)  # weight of E z_i^2, which keeps the codes from outgrowing the noise
     held_out: int = Field(1000, ge=1)  # molecules kept for the report; at most a tenth
     seed: int = Field(0, ge=0)
 

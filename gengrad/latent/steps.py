@@ -28,7 +28,7 @@ class Observer:
         self.known, self.calls, self.seen = known, calls, set()
         self.first: Population | None = None
 
-    def row(self, found: Population, processes: int = 1) -> dict:
+    def row(self, found: Population) -> dict:
         """One line of steps.csv; NaN where there is nothing to measure."""
         self.first = self.first or found
         texts = [found.smiles[i] for i in found.valid]
@@ -36,11 +36,11 @@ class Observer:
         self.seen |= new
         self.calls += len(new)
         described, true = describe(texts, ()), found.scores.total
-        expected, spare = (self.surrogate.scores(self.objective, found.x[found.valid], s).double() for s in (False, True))
+        x = found.x[found.valid]
+        expected, spare = (self.surrogate.scores(self.objective, x, spare).double() for spare in (False, True))
         scored = ~true.isnan()
-        medians = {
-            f"median_{label}": _median(values) for label, values in zip(self.objective.labels, found.scores.properties.T)
-        }
+        properties = zip(self.objective.labels, found.scores.properties.T)
+        medians = {f"median_{label}": _median(values) for label, values in properties}
         return {
             "step": found.step,
             "molecules": len(found),
@@ -49,7 +49,7 @@ class Observer:
             "surrogate_mean": _mean(expected),
             "spare_mean": _mean(spare),
             "rank_correlation": rank_correlation(true[scored], expected[scored]) if scored.sum() > 1 else torch.nan,
-            "off_manifold": self._off_manifold(found, processes),
+            "off_manifold": self._off_manifold(found),
             "validity": len(found.valid) / len(found),
             "uniqueness": len(set(texts)) / max(1, len(texts)),
             "novelty": len(set(texts) - self.known) / max(1, len(set(texts))),
@@ -61,13 +61,13 @@ class Observer:
             **medians,
         }
 
-    def _off_manifold(self, found: Population, processes: int) -> float:
+    def _off_manifold(self, found: Population) -> float:
         """Mean |enc(dec x) - x| / sqrt(latent) over the molecules that the autoencoder can read again.
 
         Whitened codes have a coordinate variance of one: 1.4 is the distance of two molecules that have nothing to do
         with each other.
         """
-        rows = self.codec.rows([found.smiles[i] for i in found.valid], processes)
+        rows = self.codec.rows([found.smiles[i] for i in found.valid], processes=0)
         kept = [(i, row) for i, row in zip(found.valid, rows) if not isinstance(row, ValueError)]
         if not kept:
             return torch.nan
@@ -83,7 +83,7 @@ def divergence(x: Tensor, y: Tensor) -> float:
 
 
 def along(
-    flow: Flow, observer: Observer, n: int, seed: int, *, nfe: int | None = None, processes: int = 1, say=lambda text: None
+    flow: Flow, observer: Observer, n: int, seed: int, *, nfe: int | None = None, processes: int = 1, say=lambda text: 0
 ) -> tuple[Population, Population, list[dict]]:
     """(population before, population after, a row for each step): n molecules of the source on their way."""
     x, parents = start(flow, n, seed)
@@ -91,7 +91,7 @@ def along(
     for step, here in enumerate(states(flow, x, seed, nfe)):
         last = population(observer.codec, observer.objective, here, parents, step, seed, processes)
         first = first or last
-        rows.append(observer.row(last, processes))
+        rows.append(observer.row(last))
         row = rows[-1]
         say(
             f"step {step}: true {row['true_median']:.3f} (median), surrogate {row['surrogate_mean']:.3f}, spare "

@@ -1,4 +1,4 @@
-"""The surrogate: an ensemble that predicts an objective's properties from whitened codes, and the potential it makes."""
+"""The surrogate: an ensemble that predicts an objective's properties from whitened codes, and its potential."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Surrogate:
         return objective.desirabilities(torch.stack(raw, dim=1))
 
     def potential(self, objective: Objective, x: Tensor, spare: bool = False) -> Tensor:
-        """V(x) = -log of the objective's mean = -sum_i w_i log s_i(x) / sum_i w_i for the geometric one, (n, d) -> (n,).
+        """V(x) = -log of the objective's mean: -sum_i w_i log s_i(x) / sum_i w_i for the geometric one. (n, d) -> (n,).
 
         Averaged over the members after the logarithm, so that where they disagree V is higher (Jensen).
         """
@@ -173,7 +173,7 @@ def fit_surrogate(
     held = order[: max(1, round(settings.held_out * len(x)))].sort().values
     rest = order[len(held) :].sort().values
     if len(rest) < 2:
-        raise ValueError(f"{len(x)} molecules are too few to fit a surrogate and to hold some out; at least 3 are needed")
+        raise ValueError(f"{len(x)} molecules are too few to fit a surrogate and hold some out; at least 3 are needed")
     scale = Scale.of(y[rest], unit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for(settings.seed, "surrogate init").initial_seed())

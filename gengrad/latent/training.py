@@ -160,7 +160,7 @@ def train_autoencoder(
         good = [i for i, s in enumerate(symbols) if not isinstance(s, ValueError)]
         if len(good) < 10:
             reason = next((str(s) for s in symbols if isinstance(s, ValueError)), "there are too few")
-            raise ValueError(f"{len(good)} of {len(smiles)} molecules can be trained on, at least 10 are needed: {reason}")
+            raise ValueError(f"{len(good)} of {len(smiles)} molecules can be trained on, 10 are needed: {reason}")
         alphabet = Alphabet.of(symbols[i] for i in good)
         rows = [alphabet.numbers(symbols[i]) for i in good]
         train, held = split(len(rows), settings.held_out, settings.seed)
@@ -180,14 +180,16 @@ def train_autoencoder(
             return interrupts.signal
         codec = _finished(fit, alphabet, {**told, "excluded": len(smiles) - len(good)})
         texts = [smiles[i] for i in good]
+        codec.remember(texts, rows)
         report = reconstruction(codec, [rows[i] for i in held], [texts[i] for i in held])
         codec.info |= {"reconstruction": report}
         codec.save(out)
-        write_json(out / "reconstruction.json", {**report, "spectrum": codec.whitening.spectrum.tolist(), **codec.info})
+        write_json(out / "reconstruction.json", codec.report())
         tracker.say(
-            f"autoencoder: {report['exact']:.1%} of {report['n']:,} held-out molecules come back exactly, mean Tanimoto "
-            f"{report['tanimoto']:.3f}, validity {report['validity']:.1%}; {fit.step:,} steps, {fit.seconds:.0f} s"
+            f"autoencoder: {report['exact']:.1%} of {report['n']:,} held-out molecules come back exactly, "
+            f"mean Tanimoto {report['tanimoto']:.3f}, validity {report['validity']:.1%}"
         )
+        tracker.say(f"  {fit.step:,} steps, {fit.seconds:.0f} s")
     return codec
 
 

@@ -97,9 +97,13 @@ def _device(config: RunConfig) -> str:
 def placed(config: RunConfig, out: Path) -> RunConfig:
     """The config with the run's folder in it: of its data, of a source of latents, of its surrogate potentials.
 
-    A source of latents takes from the data all but the bounds of the total, which are its own.
+    A source of latents takes from the data all but the bounds of the total, which are its own. The folder is written
+    in full, so that the run can be sampled from anywhere.
     """
+    out = out.absolute()
     data, method = {**config.data, "folder": str(out)}, config.method
+    if data["autoencoder_from"]:
+        data["autoencoder_from"] = os.path.abspath(data["autoencoder_from"])
     source = config.source
     if source["name"] == Latents.name:
         source = {**data, "at_least": source["at_least"], "at_most": source["at_most"]}
@@ -176,7 +180,9 @@ def molecules(settings: Latents.Config, folder: Path, say: Say = lambda text: No
             raise _another(folder, "molecules")
     else:
         if settings.path is not None:
-            summary = prepare_file(settings.path, folder, column=settings.column, processes=processes())
+            summary = _taken(Path(settings.path), folder) or prepare_file(
+                settings.path, folder, column=settings.column, processes=processes()
+            )
             say(f"molecules: {summary['kept']:,} of {summary['rows']:,} rows, {summary['rejected']:,} rejected")
         else:
             texts = library(settings.library, settings.seed)
@@ -191,6 +197,17 @@ def molecules(settings: Latents.Config, folder: Path, say: Say = lambda text: No
         order = torch.randperm(len(rows), generator=generator_for(settings.seed, "molecules limit"))
         rows = [rows[i] for i in order[: settings.limit].sort().values.tolist()]
     return [name for name, _ in rows], [text for _, text in rows]
+
+
+def _taken(path: Path, folder: Path) -> dict | None:
+    """Copies a table that ``prepare`` wrote, which need not be standardised again; None for any other file."""
+    header = ",".join(KEPT).encode()
+    with open(path, "rb") as file:
+        if file.readline().strip() != header:
+            return None
+    write_atomically(folder / "molecules.csv", path.read_bytes())
+    rows = path.read_bytes().count(b"\n") - 1
+    return {"input": str(path), "rows": rows, "kept": rows, "rejected": 0}
 
 
 def encoded(

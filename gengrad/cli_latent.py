@@ -142,14 +142,14 @@ def sample_molecules(trained, given) -> int:
     out = writable(given.out, ENDINGS) if given.out else None
     if given.nfe and len(given.nfe) > 1:
         raise ValueError("molecules are sampled at one NFE; give one, or leave --nfe out")
-    codec, objective, _, _ = chain.parts_of(trained)
+    codec, objective, surrogate, _ = chain.parts_of(trained)
     nfe = given.nfe[0] if given.nfe else trained.info["config"]["evaluate"]["nfe"][0]
     n = given.n or 64
     x, parents = start(trained, n, given.seed)
     step, here = 0, x
     for step, here in enumerate(states(trained, x, given.seed, nfe)):  # noqa: B007 - the last one is used
         pass
-    found = population(codec, objective, here, parents, step, given.seed, chain.processes())
+    found = population(codec, objective, surrogate, here, parents, step, given.seed, chain.processes())
     different = len({found.smiles[i] for i in found.valid})
     print(f"{n} points, {len(found.valid)} molecules, {different} different, {int(found.scores.passed.sum())} pass")
     if different:

@@ -16,6 +16,7 @@ from gengrad.files import write_atomically
 from gengrad.flows.flow import Flow
 from gengrad.latent.codec import Codec
 from gengrad.latent.data import Latents
+from gengrad.latent.surrogate import Surrogate
 from gengrad.molecules.metrics import describe, tanimoto
 from gengrad.molecules.objective import Objective
 from gengrad.molecules.prepare import table
@@ -36,6 +37,7 @@ class Population:
     scores: Scores
     parents: list[tuple[str, str]]  # (id, SMILES), empty where a point came from no molecule
     similarity: Tensor  # (n,) Tanimoto to the parent, NaN without one
+    expected: Tensor  # (n,) the total that the surrogate expects at x
     step: int
     seed: int
 
@@ -74,14 +76,15 @@ def states(flow: Flow, x: Tensor, seed: int, nfe: int | None = None):
 
 
 def population(
-    codec: Codec, objective: Objective, x: Tensor, parents: Sequence[tuple[str, str]], step: int, seed: int,
-    processes: int = 1,
+    codec: Codec, objective: Objective, surrogate: Surrogate, x: Tensor, parents: Sequence[tuple[str, str]],
+    step: int, seed: int, processes: int = 1,
 ) -> Population:  # fmt: skip
     """Decodes whitened points x (n, latent), then filters and scores what came out."""
     smiles = codec.decode(x)
     valid = [i for i, text in enumerate(smiles) if text]
     scores = score(objective, [smiles[i] for i in valid], processes)
-    return Population(x, smiles, valid, scores, list(parents), _similarity(smiles, valid, parents), step, seed)
+    near, expected = _similarity(smiles, valid, parents), surrogate.scores(objective, x)
+    return Population(x, smiles, valid, scores, list(parents), near, expected, step, seed)
 
 
 def _similarity(smiles: Sequence[str], valid: Sequence[int], parents: Sequence[tuple[str, str]]) -> Tensor:
@@ -99,23 +102,28 @@ def _similarity(smiles: Sequence[str], valid: Sequence[int], parents: Sequence[t
 def columns(objective: Objective) -> list[str]:
     """The header of a population's table."""
     properties = [*objective.labels, *(f"{component.label}.s" for component in objective.components)]
-    scored = [*properties, "total", "passed", "similarity", "scaffold"]
+    scored = [*properties, "total", "passed", "surrogate", "similarity", "scaffold"]
     return ["id", "parent", "smiles", "valid", *scored, "step", "seed", "notes"]
 
 
 def lines(found: Population, objective: Objective):
-    """One line for each point: id, parent id, SMILES, properties, desirabilities, total and the rest."""
+    """One line for each point: id, parent id, SMILES, properties, desirabilities, total and the rest.
+
+    At step 0 a molecule has the id of the one that it is, which those of later steps name as their parent.
+    """
     place, s = {i: k for k, i in enumerate(found.valid)}, found.scores
     width = len(objective.labels) + len(objective.components) + 1
+    hopes = found.expected.tolist()
     for i, (text, (parent, _), alike) in enumerate(zip(found.smiles, found.parents, found.similarity.tolist())):
-        head = [f"{found.seed}-{i}", parent]
+        own = f"{found.seed}-{i}"
+        head = [own, parent] if found.step else [parent or own, None]
         tail = [found.step, found.seed]
         if i not in place:
-            yield [*head, None, 0, *[None] * width, 0, None, None, *tail, NOTHING]
+            yield [*head, None, 0, *[None] * width, 0, hopes[i], None, None, *tail, NOTHING]
             continue
         k = place[i]
         numbers = [*s.properties[k].tolist(), *s.desirabilities[k].tolist(), s.total[k].item(), int(s.passed[k])]
-        yield [*head, text, 1, *numbers, alike, s.scaffolds[k], *tail, s.notes[k]]
+        yield [*head, text, 1, *numbers, hopes[i], alike, s.scaffolds[k], *tail, s.notes[k]]
 
 
 def write_population(found: Population, objective: Objective, path: Path) -> None:

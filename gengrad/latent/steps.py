@@ -57,7 +57,7 @@ class Observer:
             "passed": int(found.scores.passed.sum()),
             "divergence": divergence(found.x, self.first.x),
             "moved": float((found.x - self.first.x).square().sum(1).mean().sqrt()),
-            "scorer_calls": self.calls,
+            "calls": self.calls,
             **medians,
         }
 
@@ -89,7 +89,7 @@ def along(
     x, parents = start(flow, n, seed)
     rows, first, last = [], None, None
     for step, here in enumerate(states(flow, x, seed, nfe)):
-        last = population(observer.codec, observer.objective, here, parents, step, seed, processes)
+        last = population(observer.codec, observer.objective, observer.surrogate, here, parents, step, seed, processes)
         first = first or last
         rows.append(observer.row(last))
         row = rows[-1]

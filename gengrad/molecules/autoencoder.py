@@ -75,7 +75,7 @@ class Autoencoder(nn.Module, Configured):
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        """The most likely token at each place in turn (greedy), z (n, latent) -> uint8 rows (n, places).
+        """The most likely token at each place in turn (greedy), z (n, latent) -> int16 rows (n, places).
 
         No row ends at its first place: an empty one would be no molecule. A row that does not end is as long as the
         places.
@@ -84,7 +84,7 @@ class Autoencoder(nn.Module, Configured):
 
     def _decode(self, z: Tensor) -> Tensor:
         said, state = self._first(z, self.places)
-        rows = torch.zeros(len(z), self.places, dtype=torch.uint8, device=z.device)
+        rows = torch.zeros(len(z), self.places, dtype=torch.int16, device=z.device)
         token = torch.full((len(z),), self.symbols, device=z.device)
         running = torch.ones(len(z), dtype=torch.bool, device=z.device)
         for place in range(self.places):
@@ -94,7 +94,7 @@ class Autoencoder(nn.Module, Configured):
             if not place:
                 scores[:, END] = -torch.inf
             token = torch.where(running, scores.argmax(1), END)
-            rows[:, place] = token.to(torch.uint8)
+            rows[:, place] = token.to(torch.int16)
             running = token != END
             if not running.any():
                 break

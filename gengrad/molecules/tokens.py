@@ -69,12 +69,12 @@ class Alphabet:
         return [self._numbers[symbol] for symbol in symbols]
 
     def rows(self, molecules: Sequence[Sequence[int]]) -> Tensor:
-        """Molecules in numbers as uint8 rows (n, T), T one more than the longest, filled up with the end."""
+        """Molecules in numbers as int16 rows (n, T), T one more than the longest, filled up with the end."""
         import torch
 
-        rows = torch.zeros(len(molecules), max(map(len, molecules), default=0) + 1, dtype=torch.uint8)
+        rows = torch.zeros(len(molecules), max(map(len, molecules), default=0) + 1, dtype=torch.int16)
         for row, numbers in zip(rows, molecules):
-            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.uint8)
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int16)
         return rows
 
     def symbols_in(self, row: Sequence[int]) -> list[str]:

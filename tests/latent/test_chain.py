@@ -89,7 +89,7 @@ def test_the_table_holds_rdkits_own_values(folder):
 def test_steps_csv_has_a_row_for_each_step_and_starts_at_rest(folder):
     rows = read(folder / "run" / "steps.csv")
     assert [row["step"] for row in rows] == [str(k) for k in range(STEPS + 1)]
-    assert float(rows[0]["divergence"]) == float(rows[0]["moved"]) == 0
+    assert abs(float(rows[0]["divergence"])) < 1e-6 and float(rows[0]["moved"]) == 0  # sums of distances are rounded
     assert float(rows[-1]["moved"]) > 0
     calls = [int(row["calls"]) for row in rows]
     assert calls[0] >= 80 and calls == sorted(calls)  # all 80 were scored to fit the surrogate

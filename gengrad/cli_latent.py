@@ -38,7 +38,9 @@ def add_latent(commands, positive) -> None:
     move.add_argument("--method", choices=("jko_icnn", "nsgf"), default="jko_icnn")
     move.add_argument("--at-most", type=float, default=None, metavar="X", help="only molecules of such a total start")
     move.add_argument("--at-least", type=float, default=None, metavar="X", help="nsgf: go to molecules of such a total")
-    move.add_argument("overrides", nargs="*", metavar="key=value", help="as of train.py, e.g. method.tau=2")
+    move.add_argument(
+        "--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="as of train.py, e.g. method.tau=2"
+    )
     move.set_defaults(command=flow)
 
 

@@ -86,6 +86,9 @@ class Surrogate:
 
     def predict(self, x: Tensor, spare: bool = False) -> Tensor:
         """Properties (members, n, k) at whitened codes x (n, d), or of the ``spare`` network alone (1, n, k)."""
+        if self.scale.unit.device != x.device:  # it follows the points that it is asked about
+            s, self.ensemble = self.scale, self.ensemble.to(x.device)
+            self.scale = Scale(s.mean.to(x.device), s.deviation.to(x.device), s.unit.to(x.device))
         y = self.ensemble(x.float())
         return self.scale.undo(y[-1:] if spare else y[:-1])
 

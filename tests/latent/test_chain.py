@@ -208,7 +208,7 @@ def test_the_flow_command_runs_the_chain_with_a_trained_autoencoder(folder, caps
     assert main(start) == 2 and "--at-least" in capsys.readouterr().err
     tiny = ["train.steps=2", "train.batch_size=8", "method.ot_batch=8", "network.width=8", "evaluate.nfe=[2]"]
     tiny += ["evaluate.n=10", "data.surrogate.steps=3", "data.surrogate.width=4"]
-    assert main([*start, "--at-least", "0.5", *tiny]) == 0
+    assert main([*start, "--at-least", "0.5", "--set", *tiny]) == 0
     assert len(read(out / "steps.csv")) == 3 and not (out / "autoencoder").exists()
 
 

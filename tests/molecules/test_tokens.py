@@ -1,7 +1,6 @@
 """SELFIES rows: what goes in comes out, and every row of symbols is a molecule or nothing."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 

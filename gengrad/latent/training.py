@@ -47,7 +47,7 @@ def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def loss_of(network: Autoencoder, tokens: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:
-    """Mean over tokens of -log p(token | tokens before it, z + noise), z = encoder(tokens), plus norm E z_i^2.
+    """Mean over tokens of -log p(token | tokens before it, z + noise), z = encoder(tokens) on its sphere.
 
     Every token up to the first end counts, and nothing after it. tokens: (n, T).
     """
@@ -55,8 +55,7 @@ def loss_of(network: Autoencoder, tokens: Tensor, settings: AutoencoderSettings,
     noisy = z + settings.noise * torch.randn(z.shape, generator=generator).to(z)
     before = network.shifted(tokens)
     counted = torch.cat([torch.ones_like(tokens[:, :1]), tokens[:, :-1]], dim=1) != 0
-    scores = network.logits(noisy, before)[counted]
-    return cross_entropy(scores, tokens[counted].long()) + settings.norm * z.square().mean()
+    return cross_entropy(network.logits(noisy, before)[counted], tokens[counted].long())
 
 
 def batches_of(lengths: Tensor, size: int, seed: int, epoch: int) -> list[Tensor]:

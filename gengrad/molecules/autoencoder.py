@@ -14,8 +14,16 @@ STRIDE = 4  # of the convolutions together
 CHUNK = 1024  # molecules encoded or decoded at once
 
 
+def on_sphere(z: Tensor) -> Tensor:
+    """sqrt(d) z / |z|, (n, d) -> (n, d)."""
+    return z * (z.shape[1] ** 0.5 / z.norm(dim=1, keepdim=True).clamp_min(1e-6))
+
+
 class Autoencoder(nn.Module, Configured):
-    """z = encoder(tokens), tokens = decoder(z), with no prior on z: what keeps codes together is in the loss.
+    """z = encoder(tokens), tokens = decoder(z), with no prior on z and no KL term: codes lie on a sphere.
+
+    There no code can flee from the noise of the training by growing, so that noise decides how much of the sphere each
+    molecule fills, and whether there is something to decode between two of them. The decoder sees z's direction alone.
 
     Encoder: embedding, three convolutions, one linear map of all places. Decoder: an LSTM that reads, at each place,
     the token before it and what a linear map of the code says of this place; the code also sets its first state.
@@ -50,12 +58,13 @@ class Autoencoder(nn.Module, Configured):
     # ---------------------------------------------------------------- codes
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """tokens (n, T) -> z (n, latent)."""
+        """tokens (n, T) -> z (n, latent), on the sphere of radius sqrt(latent): the mean square coordinate is 1."""
         tokens = functional.pad(tokens.long(), (0, self.places - tokens.shape[1]), value=END)
-        return self.pool(self.convolutions(self.embedding(tokens).mT).flatten(1))
+        return on_sphere(self.pool(self.convolutions(self.embedding(tokens).mT).flatten(1)))
 
     def _first(self, z: Tensor, places: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What the code says of the first ``places`` (n, places, readout), and the LSTM's first state."""
+        z = on_sphere(z)
         said = self.place(z).view(len(z), self.places, -1)[:, :places]
         hidden, cell = self.state(z).chunk(2, dim=1)
         return said, (hidden.tanh()[None].contiguous(), cell[None].contiguous())

@@ -7,6 +7,7 @@ import torch
 
 from gengrad.latent.codec import Codec, Whitening
 from gengrad.latent.reconstruction import reconstruction
+from gengrad.molecules.autoencoder import on_sphere
 from gengrad.molecules.tokens import END
 
 
@@ -35,6 +36,14 @@ def test_a_collapsed_direction_is_counted_and_not_blown_up():
     assert whitening.collapsed == 1
     assert whitening(z).std(0)[2] < 0.01  # noise is not made as large as molecules
     assert torch.allclose(whitening.undo(whitening(z)), z, atol=1e-5)
+
+
+def test_codes_lie_on_the_sphere_and_the_decoder_sees_their_direction_alone(codec, molecules):
+    z = codec.network.encode(codec.alphabet.rows(codec.rows(molecules[:8], 0))).detach()
+    assert torch.allclose(z.square().mean(1), torch.ones(8), atol=1e-5)
+    before = torch.zeros(8, 5, dtype=torch.long)
+    assert torch.allclose(codec.network.logits(3.0 * z, before), codec.network.logits(z, before), atol=1e-4)
+    assert torch.equal(on_sphere(torch.zeros(1, 4)), torch.zeros(1, 4))  # no direction, and no NaN
 
 
 def test_decoding_is_the_same_in_any_batch_and_never_ends_at_once(codec):

@@ -30,7 +30,7 @@ from gengrad.latent.data import KIND, Cloud, Latents
 from gengrad.latent.population import write_population
 from gengrad.latent.settings import SurrogateSettings
 from gengrad.latent.steps import Observer, along
-from gengrad.latent.surrogate import Surrogate, fit_surrogate
+from gengrad.latent.surrogate import Surrogate, fit_surrogate, out_of_reach
 from gengrad.latent.training import digest_of, train_autoencoder
 from gengrad.molecules.library import library
 from gengrad.molecules.objective import Objective, read_objective
@@ -259,8 +259,12 @@ def surrogate_for(
         if any(found.info.get(key) != value for key, value in told.items()):
             raise _another(folder, "surrogate")
         return found
-    found = fit_surrogate(cloud.x, cloud.properties, objective, settings)
-    found.info |= told
+    x, properties, calls = explored(codec, cloud, objective, settings)
+    if calls:
+        say(f"explored: {len(x):,} points beside the molecules' codes, {calls:,} more molecules scored")
+    x, properties = torch.cat([cloud.x, x]), torch.cat([cloud.properties, properties])
+    found = fit_surrogate(x, properties, objective, settings)
+    found.info |= {**told, "calls": calls, "warnings": out_of_reach(objective, cloud.properties)}
     found.save(folder)
     for label, held in found.info["held_out"].items():
         figures = ", ".join(f"{key} {value:.3f}" for key, value in held.items() if value is not None)
@@ -268,6 +272,26 @@ def surrogate_for(
     for warning in found.info["warnings"]:
         say(f"  note: {warning}")
     return found
+
+
+def explored(codec: Codec, cloud: Cloud, objective: Objective, settings: SurrogateSettings):
+    """(points (n, latent), raw properties of what they decode to, scorer calls): where flows go and no molecule is.
+
+    Half of them between the codes of two molecules, half around that of one, up to half the distance of two. A
+    surrogate of the codes alone takes any way out of the data for a way up; there decoding makes other molecules.
+    """
+    n, d = settings.explored, cloud.x.shape[1]
+    generator = generator_for(settings.seed, "surrogate explored")
+    i, j = torch.randint(len(cloud.x), (2, n), generator=generator)
+    a, u = torch.rand(n, 1, generator=generator), torch.randn(n, d, generator=generator)
+    around = torch.arange(n)[:, None] % 2 == 0
+    x = cloud.x[i] + a * torch.where(around, u * 0.5**0.5, cloud.x[j] - cloud.x[i])
+    smiles = codec.decode(x)
+    valid = [k for k, text in enumerate(smiles) if text]
+    if not valid:
+        return x[:0], cloud.properties[:0], 0
+    scores = score(objective, [smiles[k] for k in valid], processes())
+    return x[valid], scores.properties, scores.calls
 
 
 def _another(folder: Path, what: str) -> ConfigError:
@@ -300,7 +324,7 @@ def follow(flow: Flow, out: Path, *, n: int, seed: int, nfe: int | None, say: Sa
     """Follows n molecules along the flow; writes population_before.csv, population_after.csv and steps.csv."""
     codec, objective, surrogate, cloud = parts_of(flow)
     n = min(n, len(flow.source)) or n  # each molecule once; 0: a density, which never runs out
-    observer = Observer(codec, objective, surrogate, set(cloud.smiles), cloud.info["calls"])
+    observer = Observer(codec, objective, surrogate, set(cloud.smiles), cloud.info["calls"] + surrogate.info["calls"])
     before, after, rows = along(flow, observer, n, seed, nfe=nfe, processes=processes(), say=say)
     write_population(before, objective, out / "population_before.csv")
     write_population(after, objective, out / "population_after.csv")

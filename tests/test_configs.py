@@ -57,7 +57,7 @@ def small_molecules(config: RunConfig) -> list[str]:
         return []
     sizes = "{latent: 4, embedding: 4, channels: 4, width: 8, readout: 4}"
     small = {"library": 100, "at_least": "null", "at_most": "null", "autoencoder.steps": 2}
-    small |= {"autoencoder.network": sizes, "surrogate.steps": 1, "surrogate.width": 4}
+    small |= {"autoencoder.network": sizes, "surrogate.steps": 1, "surrogate.width": 4, "surrogate.explored": 8}
     return [*(f"data.{key}={value}" for key, value in small.items()), "source.at_most=null", "evaluate.n=8"]
 
 

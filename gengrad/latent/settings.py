@@ -33,4 +33,5 @@ class SurrogateSettings(Settings):
     weight_decay: float = Field(1e-2, ge=0)
     noise: float = Field(0.1, ge=0)  # standard deviation of what is added to the whitened codes in training
     held_out: float = Field(0.1, gt=0, lt=1)
+    explored: int = Field(10_000, ge=0)  # points beside the molecules' codes that are decoded and scored for the fit
     seed: int = Field(0, ge=0)

@@ -14,9 +14,11 @@ from gengrad.data.draws import Shuffle
 from gengrad.flows.flow import load
 from gengrad.latent.data import Cloud, Latents
 from gengrad.latent.population import columns, sources, states
+from gengrad.latent.settings import SurrogateSettings
 from gengrad.latent.steps import divergence
 from gengrad.molecules.library import library
 from gengrad.molecules.objective import read_objective
+from gengrad.registry import SCORERS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "molecules" / "qed_jko_icnn.yaml")
@@ -34,6 +36,7 @@ def small(folder: Path, **more) -> list[str]:
         "data.autoencoder.network": "{latent: 6, embedding: 8, channels: 8, width: 16, readout: 8}",
         "data.surrogate.steps": 5,
         "data.surrogate.width": 8,
+        "data.surrogate.explored": 10,
         "method.jko_steps": STEPS,
         "method.cloud": 64,
         "method.target_samples": 32,
@@ -185,6 +188,21 @@ def test_molecules_of_another_alphabet_are_refused_with_a_reason(codec, tmp_path
         chain.encoded(codec, smiles, smiles, read_objective({"components": ["qed"]}), tmp_path)
 
 
+def test_the_surrogate_is_shown_what_points_beside_the_codes_decode_to(folder):
+    flow = load(folder / "run")
+    codec, objective, surrogate, cloud = chain.parts_of(flow)
+    settings = SurrogateSettings(explored=12)
+    x, properties, calls = chain.explored(codec, cloud, objective, settings)
+    texts = codec.decode(x)
+    assert len(x) == len(properties) <= 12 and calls == len(set(texts))
+    qed = SCORERS.build({"name": "qed"})
+    assert torch.allclose(properties[:, 0], torch.tensor(qed(texts)).double())
+    assert torch.cdist(x, cloud.x).min() > 0  # none is a molecule's own code
+    assert surrogate.info["calls"] <= 10 and surrogate.info["molecules"] == len(cloud.x)
+    nothing = chain.explored(codec, cloud, objective, SurrogateSettings(explored=0))
+    assert len(nothing[0]) == nothing[2] == 0
+
+
 def test_the_distance_of_two_clouds_a_step_apart_is_known():
     """Two atoms a apart: E|x - y| = a, and nothing within either."""
     assert abs(divergence(torch.zeros(5, 3), torch.tensor([[3.0, 0.0, 4.0]])) - 5.0) < 1e-6
@@ -208,6 +226,7 @@ def test_the_flow_command_runs_the_chain_with_a_trained_autoencoder(folder, caps
     assert main(start) == 2 and "--at-least" in capsys.readouterr().err
     tiny = ["train.steps=2", "train.batch_size=8", "method.ot_batch=8", "network.width=8", "evaluate.nfe=[2]"]
     tiny += ["evaluate.n=10", "data.surrogate.steps=3", "data.surrogate.width=4"]
+    tiny += ["data.surrogate.explored=0"]
     assert main([*start, "--at-least", "0.5", "--set", *tiny]) == 0
     assert len(read(out / "steps.csv")) == 3 and not (out / "autoencoder").exists()
 

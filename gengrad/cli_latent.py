@@ -18,7 +18,7 @@ def add_latent(commands, positive) -> None:
     learn.add_argument("--width", type=positive, default=None, help="of the LSTM (default 256)")
     learn.add_argument("--batch-size", type=positive, default=None, help="molecules a step (default 128)")
     learn.add_argument("--lr", type=float, default=None, help="of AdamW (default 2e-3)")
-    learn.add_argument("--noise", type=float, default=None, help="on the codes (default 0.6)")
+    learn.add_argument("--noise", type=float, default=None, help="on the codes (default 0.5)")
     learn.add_argument("--seed", type=int, default=None)
     learn.set_defaults(command=train_autoencoder)
 

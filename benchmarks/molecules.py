@@ -1,10 +1,14 @@
-"""Molecules per second: preparing a file, and scoring by QED, SA, logP and alerts; baselines at equal scorer calls.
+"""Molecules per second, prepared and scored; baselines at equal scorer calls; an autoencoder after minutes; QED flows.
 
     python benchmarks/molecules.py [--parts prepare,score] [--data FILE] [--n 20000] [--processes 1,2] [--out FILE]
     python benchmarks/molecules.py --parts baselines [--calls 2000] [--seeds 0,1]
+    python benchmarks/molecules.py --parts autoencoder,flow [--minutes 10] [--flows qed_jko_icnn,...] [--runs FOLDER]
 
 Baselines: random screening of the enumerated library and a genetic algorithm that starts with its first 100 molecules,
 on QED (weight 1) and logP between 1 and 3 (weight 1), geometric mean.
+The minutes of the autoencoder are CPU-minutes of this process, whatever else the machine does; the flows move molecules
+of QED below 0.7 by the configs of that name, on the codes of that autoencoder. Both keep their folders under --runs,
+and go on there when interrupted.
 
 Without --data the enumerated library stands in, which is cleaner than a real set. Seconds are of the wall clock and
 hold the start of the worker processes; CPU-seconds are of all processes. Parts that the JSON holds at
@@ -25,7 +29,7 @@ from pathlib import Path
 
 import rdkit
 
-from gengrad.files import read_json, write_json
+from gengrad.files import read_json, write_atomically, write_json
 from gengrad.molecules.library import library
 from gengrad.molecules.objective import read_objective
 from gengrad.molecules.prepare import prepare
@@ -107,6 +111,74 @@ def measure_baseline(method: str, calls: int, seed: int) -> dict:
     return {**last, "wall_seconds": wall, "cpu_seconds": cpu, **where, "rdkit": rdkit.__version__}
 
 
+def train_autoencoder(smiles: list[str], minutes: float, folder: Path, processes: int) -> dict:
+    """Exact reconstruction and mean Tanimoto of 1,000 held-out molecules after CPU-minutes of training."""
+    from gengrad.latent import training
+    from gengrad.latent.settings import AutoencoderSettings
+
+    settings = AutoencoderSettings(minutes=minutes)
+    codec = training.train_autoencoder(smiles, folder, settings, processes=processes, clock=time.process_time)
+    if isinstance(codec, int):
+        raise SystemExit(128 + codec)
+    report = codec.info["reconstruction"]
+    return {"molecules": len(smiles), "cpu_seconds": codec.info["seconds"], "steps": codec.info["steps"], **report}
+
+
+def move(name: str, smiles: list[str], autoencoder: Path, folder: Path) -> dict:
+    """Median QED, uniqueness, diversity and the rest before and after the flow of a config, and at each step."""
+    import csv
+
+    from gengrad import chain
+    from gengrad.config import load_config
+
+    file = folder.parent / "molecules.smi"
+    write_atomically(file, "".join(f"{text} {i}\n" for i, text in enumerate(smiles, 1)).encode())
+    config = Path(__file__).parents[1] / "configs" / "molecules" / f"{name}.yaml"
+    cpu = cpu_seconds()
+    place = [f"data.path={file}", f"data.autoencoder_from={autoencoder}", f"out={folder}", "evaluate.n=1000"]
+    outcome = chain.train(load_config(config, place))
+    if not outcome.finished:
+        raise SystemExit(128 + outcome.signal)
+    with open(folder / "steps.csv", newline="", encoding="utf-8") as table:
+        rows = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(table)]
+    return {"cpu_seconds": cpu_seconds() - cpu, "before": rows[0], "after": rows[-1], "steps": rows}
+
+
+def clean(given) -> list[str]:
+    """The first n molecules as canonical SMILES: of the file, standardised, or of the library."""
+    if given.data is None:
+        return library(given.n)
+    return prepare(read_molecules(given.data).rows[: given.n], processes=os.cpu_count() or 1).smiles
+
+
+def learned(given, report: dict, name: str, smiles: list[str]) -> None:
+    """The parts that train, and their tables."""
+    machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": date.today().isoformat()}
+    processes = max(map(int, given.processes.split(",")))
+    autoencoder = given.runs / f"{name}_{len(smiles)}_{given.minutes:g}_minutes"
+
+    def cell(key: str, measure_it) -> dict:
+        if key not in report:
+            report[key] = {"load": os.getloadavg()[0], **measure_it(), **machine}
+            write_json(given.out, report)
+        return report[key]
+
+    trained = f"{name}/{len(smiles)}/{given.minutes:g} CPU-minutes"
+    found = cell(f"autoencoder/{trained}", lambda: train_autoencoder(smiles, given.minutes, autoencoder, processes))
+    print("| autoencoder | exact | Tanimoto | validity | steps |", "| --- " * 5 + "|", sep="\n")
+    figures = f"{found['exact']:.4f} | {found['tanimoto']:.4f} | {found['validity']:.4f} | {found['steps']:,}"
+    print(f"| {trained} | {figures} |", flush=True)
+    if "flow" not in given.parts.split(","):
+        return
+    kept = ("true_median", "uniqueness", "validity", "novelty", "internal_diversity", "divergence", "off_manifold")
+    print(f"| flow | {' | '.join(kept)} |", "| --- " * (len(kept) + 1) + "|", sep="\n")
+    for flow in given.flows.split(","):
+        folder = given.runs / f"{flow}_{autoencoder.name}"
+        found = cell(f"flow/{flow}/{trained}", lambda flow=flow, folder=folder: move(flow, smiles, autoencoder, folder))
+        pairs = (f"{found['before'][key]:.3f} -> {found['after'][key]:.3f}" for key in kept)
+        print(f"| {flow} | {' | '.join(pairs)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", default="prepare,score")
@@ -115,6 +187,9 @@ def main() -> None:
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--calls", type=int, default=2000, help="of each baseline")
     parser.add_argument("--seeds", default="0,1", help="of the baselines")
+    parser.add_argument("--minutes", type=float, default=10.0, help="CPU-minutes of the autoencoder's training")
+    parser.add_argument("--flows", default="qed_jko_icnn,qed_nsgf", help="names of configs/molecules")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_molecules"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "molecules.json")
     given = parser.parse_args()
     report = read_json(given.out) if given.out.exists() else {}
@@ -122,10 +197,15 @@ def main() -> None:
         return baselines(report, given)
     name = given.data.name if given.data else "library"
     rows = None
+    measured = [part for part in given.parts.split(",") if part not in ("autoencoder", "flow")]
+    if len(measured) < len(given.parts.split(",")):
+        learned(given, report, name, clean(given))
+    if not measured:
+        return
     print("| part | data | processes | molecules | per second | per CPU-second |", "| --- " * 6 + "|", sep="\n")
-    for part in given.parts.split(","):
+    for part in measured:
         if part not in ("prepare", "score"):
-            raise SystemExit(f"--parts {part}: allowed are prepare, score, or baselines by itself")
+            raise SystemExit(f"--parts {part}: allowed are prepare, score, autoencoder, flow, or baselines by itself")
         for processes in map(int, given.processes.split(",")):
             key = f"{part}/{name}/{given.n}/{processes}"
             if key not in report:

@@ -16,7 +16,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "gengrad.flows.flow",
+    "load": "gengrad.run",  # which knows every data set that a flow may have started from
     "Flow": "gengrad.flows.flow",
     "train": "gengrad.run",
     "load_config": "gengrad.config",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import gengrad
 from gengrad.cli_arguments import Parser, add_evaluate, add_sample, add_train, positive
+from gengrad.cli_latent import sample_molecules
 from gengrad.cli_molecules import add_molecules
 
 if TYPE_CHECKING:  # the help does not wait for torch
@@ -111,6 +112,9 @@ def sample(given: Namespace) -> int:
 
     flow = _flow(given)
     _choose_phases(flow, given)
+    codes = given.out is not None and given.out.suffix in (".npy", ".pt")
+    if flow.info.get("config", {}).get("data", {}).get("name") == "latents" and not codes:
+        return sample_molecules(flow, given)
     folder = Path(given.run)
     out = writable(given.out, sampling.ENDINGS) if given.out else None
     film = None

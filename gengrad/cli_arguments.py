@@ -44,7 +44,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         help="network evaluations per sample; several give a table and a plot of quality",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the draws (default 0)")
-    parser.add_argument("--out", type=path, default=None, help="a .npy, .pt or .png file")
+    parser.add_argument("--out", type=path, default=None, help=".npy, .pt or .png; of molecules .csv, .sdf or .png")
     parser.add_argument("--solver", choices=SOLVERS, default=None)
     add_choices(parser)
     parser.add_argument(

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from gengrad.cli_latent import add_latent
 from gengrad.cli_populations import add_populations
 
 
@@ -42,6 +43,7 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
     judge.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
     judge.set_defaults(command=score)
     add_populations(commands, positive)
+    add_latent(commands, positive)
 
 
 def _add_file(parser: argparse.ArgumentParser, positive) -> None:

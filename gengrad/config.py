@@ -15,8 +15,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 import gengrad.data
+import gengrad.latent
 import gengrad.methods
-import gengrad.networks  # noqa: F401 - the three imports fill the registries
+import gengrad.networks  # noqa: F401 - the four imports fill the registries
 from gengrad.registry import DATASETS, METHODS, NETWORKS, Registry, Seed, Settings
 from gengrad.strict_yaml import ConfigError, Loader, check, parse_yaml
 from gengrad.training.fitter import TrainSettings

@@ -37,6 +37,10 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
     ``again``: the command that resumes it, for the message after an interruption. Raises ``ConfigError`` where the
     config does not fit the data, the processes or the checkpoint found, ``TrainingStopped`` when it diverges.
     """
+    if config.data["name"] == "latents" and config.data["folder"] is None:  # what comes before it has to be made first
+        from gengrad.chain import train as train_chain
+
+        return train_chain(config, quiet=quiet, again=again)
     accelerator = _accelerator(config)
     ranks = Ranks.of_process_group()
     parts: list = []

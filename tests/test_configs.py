@@ -19,9 +19,10 @@ def test_a_config_says_what_it_does_and_trains_two_steps(path, tmp_path):
     small = {"ot_batch": 32, "target_batch": 32, "pool": 32, "particles": 32, "cloud": 128, "jko_steps": 2}
     config = load_config(path)
     method = config.method
+    small |= {"target_samples": 32} if config.data["name"] == "latents" else {}
     sizes = [f"method.{key}={value}" for key, value in small.items() if isinstance(method.get(key), int)]
     run = [f"out={tmp_path / 'run'}", "train.steps=2", "train.batch_size=16", "train.warmup=0", *sizes]
-    run += small_images(config, tmp_path) + small_flow(config, tmp_path)
+    run += small_images(config, tmp_path) + small_flow(config, tmp_path) + small_molecules(config)
     assert main(["train", str(path), *run]) == 0
     flow = gengrad.load(tmp_path / "run")
     assert flow.sample(2, nfe=max(4, len(flow.transports))).isfinite().all()
@@ -48,6 +49,16 @@ def small_images(config: RunConfig, folder: Path) -> list[str]:
     np.savez(folder / "images.npz", images=images, labels=np.arange(60) % 10)
     data = ["name=image_array", f"path={folder / 'images.npz'}", "key=images", "labels=labels"]
     return [*(f"data.{setting}" for setting in data), "network.channels=8", "train.precision=no"]
+
+
+def small_molecules(config: RunConfig) -> list[str]:
+    """Overrides for runs on molecules: a few of the library, two steps of a small autoencoder, one of the surrogate."""
+    if config.data["name"] != "latents":
+        return []
+    sizes = "{latent: 4, embedding: 4, channels: 4, width: 8, readout: 4}"
+    small = {"library": 100, "at_least": "null", "at_most": "null", "autoencoder.steps": 2}
+    small |= {"autoencoder.network": sizes, "surrogate.steps": 1, "surrogate.width": 4, "surrogate.explored": 8}
+    return [*(f"data.{key}={value}" for key, value in small.items()), "source.at_most=null", "evaluate.n=8"]
 
 
 def test_there_are_configs():

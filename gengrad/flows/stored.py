@@ -1,4 +1,7 @@
-"""The two files of a stored flow, ``flow.safetensors`` and ``flow.json``: written so that no kill loses both."""
+"""The two files of a stored thing, ``flow.safetensors`` and ``flow.json`` of a flow: no kill loses both.
+
+What else is weights with a description (an autoencoder, a surrogate) is stored likewise, under its own ``kind``.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,16 @@ from torch import Tensor
 import gengrad
 from gengrad.files import sha256_of, write_atomically, write_json
 
-FORMAT = 1  # of flow.json; raised when an older gengrad could not read a newer file rightly
-WEIGHTS, DESCRIPTION = "flow.safetensors", "flow.json"
+FORMAT = 1  # of flow.json and its like; raised when an older gengrad could not read a newer file rightly
 WAITING = ".next"  # ending of weights whose description is being written
 
 
-def write_stored(directory: Path, description: dict, tensors: dict[str, Tensor]) -> None:
+def files_of(directory: Path, kind: str) -> tuple[Path, Path]:
+    """(weights, description)."""
+    return directory / f"{kind}.safetensors", directory / f"{kind}.json"
+
+
+def write_stored(directory: Path, description: dict, tensors: dict[str, Tensor], kind: str = "flow") -> None:
     """Writes both files; the description is sealed and holds the SHA-256 of the weights.
 
     A kill at any moment leaves either the old or the new flow readable: the new weights wait under another name until
@@ -30,24 +37,27 @@ def write_stored(directory: Path, description: dict, tensors: dict[str, Tensor])
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
-        raise ValueError(f"the flow's weights are not finite in {', '.join(broken[:3])}; it is not saved")
+        raise ValueError(f"the {kind}'s weights are not finite in {', '.join(broken[:3])}; it is not saved")
     directory.mkdir(parents=True, exist_ok=True)
-    waiting = directory / (WEIGHTS + WAITING)
-    _finish_rename(directory, waiting)
+    weights, file = files_of(directory, kind)
+    waiting = weights.with_name(weights.name + WAITING)
+    _finish_rename(weights, file, waiting)
     write_atomically(waiting, tensors_to_bytes(tensors))
     description = {"format": FORMAT, "gengrad": gengrad.__version__, **description, "sha256": sha256_of(waiting)}
-    write_json(directory / DESCRIPTION, {**description, "seal": _seal(description)})
-    os.replace(waiting, directory / WEIGHTS)
+    write_json(file, {**description, "seal": _seal(description)})
+    os.replace(waiting, weights)
 
 
-def read_stored(directory: Path) -> tuple[dict, dict[str, Tensor]]:
+def read_stored(directory: Path, kind: str = "flow") -> tuple[dict, dict[str, Tensor]]:
     """The description and the weights; raises ``FileNotFoundError`` or ``ValueError`` with what is wrong."""
     if not directory.is_dir():
-        raise FileNotFoundError(f"no run folder {str(directory)!r}; give the folder that train.py wrote (its out=...)")
-    file = directory / DESCRIPTION
+        made = "the folder that train.py wrote (its out=...)" if kind == "flow" else f"the folder of a trained {kind}"
+        raise FileNotFoundError(f"no {'run ' if kind == 'flow' else ''}folder {str(directory)!r}; give {made}")
+    weights, file = files_of(directory, kind)
     if not file.is_file():
+        what = "run folder of gengrad" if kind == "flow" else f"folder of a trained {kind}"
         raise FileNotFoundError(
-            f"{str(directory)!r} holds no {DESCRIPTION}: it is no run folder of gengrad, or its training has not "
+            f"{str(directory)!r} holds no {file.name}: it is no {what}, or its training has not "
             "reached the first checkpoint yet"
         )
     try:
@@ -60,9 +70,9 @@ def read_stored(directory: Path) -> tuple[dict, dict[str, Tensor]]:
     if seal != _seal(description):
         raise ValueError(f"{file} is damaged or was edited; train again or restore the file")
     try:
-        return description, load_tensors(_weights(directory, digest))
+        return description, load_tensors(_weights(weights, file, digest))
     except SafetensorError as error:
-        raise ValueError(f"{directory} does not hold a flow that this version can build: {error}") from None
+        raise ValueError(f"{directory} does not hold a {kind} that this version can build: {error}") from None
 
 
 def _seal(description: dict) -> str:
@@ -70,21 +80,21 @@ def _seal(description: dict) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _finish_rename(directory: Path, waiting: Path) -> None:
+def _finish_rename(weights: Path, file: Path, waiting: Path) -> None:
     """Completes a save that was killed before its last rename, or the weights of the present description would go."""
-    if waiting.exists() and (directory / DESCRIPTION).exists():
+    if waiting.exists() and file.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["sha256"]
+            described = json.loads(file.read_text(encoding="utf-8"))["sha256"]
             if sha256_of(waiting) == described:
-                os.replace(waiting, directory / WEIGHTS)
+                os.replace(waiting, weights)
 
 
-def _weights(directory: Path, digest: str) -> bytes:
+def _weights(weights: Path, file: Path, digest: str) -> bytes:
     """The weights with the described hash, also when the save that wrote them was killed at its last rename."""
-    for name in (WEIGHTS, WEIGHTS + WAITING):
-        if (directory / name).is_file() and sha256_of(directory / name) == digest:
-            return (directory / name).read_bytes()
+    for path in (weights, weights.with_name(weights.name + WAITING)):
+        if path.is_file() and sha256_of(path) == digest:
+            return path.read_bytes()
     raise ValueError(
-        f"{directory / WEIGHTS} is missing, truncated or altered: its SHA-256 is not the one in {DESCRIPTION}. "
+        f"{weights} is missing, truncated or altered: its SHA-256 is not the one in {file.name}. "
         "Resume the training to its next checkpoint to write it again, or restore both files together"
     )

@@ -30,6 +30,13 @@ def score_task(scorers: list[dict]) -> Callable:
     return lambda smiles: score_all(built, smiles)
 
 
+def selfies_task() -> Callable:
+    """Item SMILES -> its SELFIES symbols."""
+    from gengrad.molecules.tokens import selfies_of
+
+    return selfies_of
+
+
 def python_task(path: str) -> Callable:
     """Item SMILES -> the number that the file's ``score(smiles)`` returns."""
     sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
@@ -73,6 +80,7 @@ def plain(value: object) -> object:
 TASKS = {
     "standardise": standardise_task,
     "score": score_task,
+    "selfies": selfies_task,
     "python": python_task,
     "breed": breed_task,
     "describe": describe_task,

@@ -18,7 +18,7 @@ def cloud(n, d, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", list(POTENTIALS))
+@pytest.mark.parametrize("name", [name for name in POTENTIALS if not hasattr(POTENTIALS.get(name), "made_by_a_run")])
 def test_a_named_potential_gives_one_number_a_point_and_its_energy_the_velocity_minus_its_gradient(name):
     energy = PotentialEnergy(potential={"name": name, **SETTINGS.get(name, {})})
     x, h = cloud(6, 2), 1e-5

@@ -1,0 +1,164 @@
+"""The commands of ``gengrad molecules`` over the latent space: train-autoencoder, train-surrogate, flow; sampling."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_latent(commands, positive) -> None:
+    """Adds the commands to those of ``gengrad molecules``."""
+    learn = commands.add_parser("train-autoencoder", help="train the autoencoder whose codes the flows move")
+    _add_file(learn)
+    learn.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    budget = learn.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=None, help="of the wall clock (default 10)")
+    budget.add_argument("--steps", type=positive, default=None, help="of the optimiser, which repeat exactly")
+    learn.add_argument("--latent", type=positive, default=None, help="coordinates of a code (default 64)")
+    learn.add_argument("--width", type=positive, default=None, help="of the LSTM (default 256)")
+    learn.add_argument("--batch-size", type=positive, default=None, help="molecules a step (default 128)")
+    learn.add_argument("--lr", type=float, default=None, help="of AdamW (default 2e-3)")
+    learn.add_argument("--noise", type=float, default=None, help="on the codes (default 0.5)")
+    learn.add_argument("--seed", type=int, default=None)
+    learn.set_defaults(command=train_autoencoder)
+
+    fit = commands.add_parser("train-surrogate", help="fit the networks that predict an objective's properties")
+    _add_file(fit)
+    _add_parts(fit)
+    fit.add_argument("--members", type=positive, default=None, help="networks of the ensemble (default 4)")
+    fit.add_argument("--steps", type=positive, default=None, help="of the optimiser (default 2000)")
+    fit.add_argument("--seed", type=int, default=None)
+    fit.set_defaults(command=train_surrogate)
+
+    move = commands.add_parser(
+        "flow", help="the whole chain on a file: surrogate, flow, decode, score; writes its config and runs it"
+    )
+    _add_file(move)
+    _add_parts(move, required=False)
+    move.add_argument("--method", choices=("jko_icnn", "nsgf"), default="jko_icnn")
+    move.add_argument("--at-most", type=float, default=None, metavar="X", help="only molecules of such a total start")
+    move.add_argument("--at-least", type=float, default=None, metavar="X", help="nsgf: go to molecules of such a total")
+    move.add_argument(
+        "--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="as of train.py, e.g. method.tau=2"
+    )
+    move.set_defaults(command=flow)
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="molecules.csv of prepare, or any file of molecules, which is standardised first")
+    parser.add_argument("--column", default=None, help="the SMILES column of a table (default: a usual name)")
+
+
+def _add_parts(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--autoencoder", required=required, metavar="FOLDER", help="what train-autoencoder wrote")
+    parser.add_argument("--objective", type=Path, required=True, metavar="FILE.yaml")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+
+
+def _chosen(given, *names: str) -> dict:
+    """The options that were given."""
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+
+
+def _settings(cls, **given):
+    """A settings class from options; a mistake in them reads like one in a config."""
+    from gengrad.strict_yaml import ConfigError, check
+
+    problems: list[tuple[str, str]] = []
+    found = check(cls, given, "", list(cls.model_fields), problems)
+    if problems:
+        raise ConfigError("\n".join(f"--{key.rpartition('.')[2].replace('_', '-')}: {text}" for key, text in problems))
+    return found
+
+
+def train_autoencoder(given) -> int:
+    """``gengrad molecules train-autoencoder FILE --out FOLDER [--minutes 10 | --steps 2000]``"""
+    import torch
+
+    from gengrad import chain
+    from gengrad.latent import Latents
+    from gengrad.latent.settings import AutoencoderSettings
+    from gengrad.latent.training import train_autoencoder as train
+
+    options = _chosen(given, "minutes", "steps", "batch_size", "lr", "noise", "seed")
+    settings = _settings(AutoencoderSettings, network=_chosen(given, "latent", "width"), **options)
+    _, smiles = chain.molecules(Latents.Config(path=given.file, column=given.column), given.out / "molecules", print)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = train(smiles, given.out, settings, processes=chain.processes(), device=device)
+    if isinstance(found, int):
+        return 128 + found
+    report = found.info["reconstruction"]
+    print(
+        f"codes: covariance from {report['spectrum_least']:.3g} to {report['spectrum_largest']:.3g}, "
+        f"{report['effective']:.1f} directions in use, {report['collapsed']} collapsed; they are whitened"
+    )
+    print(f"written: {given.out / 'autoencoder.safetensors'}, autoencoder.json, reconstruction.json")
+    return 0
+
+
+def train_surrogate(given) -> int:
+    """``gengrad molecules train-surrogate FILE --autoencoder FOLDER --objective FILE.yaml --out FOLDER``"""
+    from gengrad import chain
+    from gengrad.latent import Latents
+    from gengrad.latent.codec import Codec
+    from gengrad.latent.settings import SurrogateSettings
+    from gengrad.molecules.objective import load_objective
+
+    objective, codec = load_objective(given.objective), Codec.load(given.autoencoder)
+    settings = _settings(SurrogateSettings, **_chosen(given, "members", "steps", "seed"))
+    taken = Latents.Config(path=given.file, column=given.column)
+    ids, smiles = chain.molecules(taken, given.out / "molecules", print)
+    cloud = chain.encoded(codec, ids, smiles, objective, given.out, print)
+    chain.surrogate_for(cloud, codec, objective, settings, given.out, print)
+    print(f"written: {given.out / 'surrogate'}, {given.out / 'latents'}")
+    return 0
+
+
+def flow(given) -> int:
+    """``gengrad molecules flow FILE --objective FILE.yaml --out RUN [--autoencoder FOLDER] [--method nsgf]``"""
+    import shlex
+
+    import yaml
+
+    from gengrad import chain
+    from gengrad.cli import train
+    from gengrad.files import write_atomically
+    from gengrad.molecules.objective import load_objective
+
+    objective = load_objective(given.objective).settings.model_dump(mode="json")
+    data = {"path": given.file, "column": given.column, "objective": objective, "autoencoder_from": given.autoencoder}
+    raw = chain.flow_config(given.method, data, str(given.out), given.at_most, given.at_least)
+    file = given.out / "flow.yaml"
+    write_atomically(file, yaml.safe_dump(raw, sort_keys=False).encode())
+    print(f"written: {file}; the same run: {shlex.join(['python', 'train.py', str(file), *given.overrides])}")
+    given.config = str(file)
+    return train(given)
+
+
+def sample_molecules(trained, given) -> int:
+    """``python sample.py RUN --n 1000 --out hits.csv`` of a run on molecules: decoded, filtered, scored."""
+    from gengrad import chain
+    from gengrad.files import writable
+    from gengrad.latent.population import ENDINGS, population, start, states, write_population
+
+    out = writable(given.out, ENDINGS) if given.out else None
+    if given.nfe and len(given.nfe) > 1:
+        raise ValueError("molecules are sampled at one NFE; give one, or leave --nfe out")
+    codec, objective, surrogate, _ = chain.parts_of(trained)
+    nfe = given.nfe[0] if given.nfe else trained.info["config"]["evaluate"]["nfe"][0]
+    n = given.n or 64
+    x, parents = start(trained, n, given.seed)
+    step, here = 0, x
+    for step, here in enumerate(states(trained, x, given.seed, nfe)):  # noqa: B007 - the last one is used
+        pass
+    found = population(codec, objective, surrogate, here, parents, step, given.seed, chain.processes())
+    different = len({found.smiles[i] for i in found.valid})
+    print(f"{n} points, {len(found.valid)} molecules, {different} different, {int(found.scores.passed.sum())} pass")
+    if different:
+        print(f"median total {float(found.scores.total.nanmedian()):.4g}")
+    if out:
+        write_population(found, objective, out)
+        print(f"written: {out}")
+    else:
+        print("nothing was written: give --out hits.csv, .sdf or .png")
+    return 0

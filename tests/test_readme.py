@@ -46,7 +46,9 @@ def test_a_make_target_of_the_readme_exists(command):
 
 def test_make_lint_checks_the_format_and_every_marked_test_has_a_command():
     def steps(target: str) -> str:
-        return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["make", "--no-print-directory", "-n", target], cwd=ROOT, capture_output=True, text=True
+        ).stdout
 
     for target in ("lint", "test"):
         assert "ruff check ." in steps(target) and "ruff format --check ." in steps(target)

@@ -32,6 +32,7 @@ from gengrad.latent.settings import SurrogateSettings
 from gengrad.latent.steps import Observer, along
 from gengrad.latent.surrogate import Surrogate, fit_surrogate, out_of_reach
 from gengrad.latent.training import digest_of, train_autoencoder
+from gengrad.machine import cpus
 from gengrad.molecules.library import library
 from gengrad.molecules.objective import Objective, read_objective
 from gengrad.molecules.prepare import KEPT, prepare_file, table
@@ -64,11 +65,6 @@ FLOWS: dict[str, dict] = {
         "evaluate": {"nfe": [10], "n": 1000},
     },
 }
-
-
-def processes() -> int:
-    """Worker processes: one for each CPU of this process; they change no result."""
-    return len(os.sched_getaffinity(0))
 
 
 def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -> Outcome:
@@ -151,7 +147,7 @@ def make(settings: Latents.Config, out: Path, say: Say, *, device: str = "cpu", 
     if settings.autoencoder_from:
         codec = Codec.load(settings.autoencoder_from)
     else:
-        options = {"processes": processes(), "device": device, "quiet": quiet}
+        options = {"processes": cpus(), "device": device, "quiet": quiet}
         codec = train_autoencoder(smiles, out / "autoencoder", settings.autoencoder, **options)
         if isinstance(codec, int):
             return codec
@@ -181,7 +177,7 @@ def molecules(settings: Latents.Config, folder: Path, say: Say = lambda text: No
     else:
         if settings.path is not None:
             summary = _taken(Path(settings.path), folder) or prepare_file(
-                settings.path, folder, column=settings.column, processes=processes()
+                settings.path, folder, column=settings.column, processes=cpus()
             )
             say(f"molecules: {summary['kept']:,} of {summary['rows']:,} rows, {summary['rejected']:,} rejected")
         else:
@@ -225,7 +221,7 @@ def encoded(
         if any(cloud.info.get(key) != value for key, value in told.items()):
             raise _another(folder, "codes and scores")
         return cloud
-    rows = codec.rows(smiles, processes())
+    rows = codec.rows(smiles, cpus())
     kept = [i for i, row in enumerate(rows) if not isinstance(row, ValueError)]
     if len(kept) < 20:
         reason = next((str(row) for row in rows if isinstance(row, ValueError)), "there are too few")
@@ -235,7 +231,7 @@ def encoded(
         )
     texts = [smiles[i] for i in kept]
     say(f"scoring {len(texts):,} molecules by {', '.join(objective.labels)}")
-    scores = score(objective, texts, processes())
+    scores = score(objective, texts, cpus())
     x = codec.encode([rows[i] for i in kept])
     told |= {"left_out": len(smiles) - len(kept), "calls": scores.calls}
     cloud = Cloud([ids[i] for i in kept], texts, x, scores.properties, scores.total, told)
@@ -290,7 +286,7 @@ def explored(codec: Codec, cloud: Cloud, objective: Objective, settings: Surroga
     valid = [k for k, text in enumerate(smiles) if text]
     if not valid:
         return x[:0], cloud.properties[:0], 0
-    scores = score(objective, [smiles[k] for k in valid], processes())
+    scores = score(objective, [smiles[k] for k in valid], cpus())
     return x[valid], scores.properties, scores.calls
 
 
@@ -325,7 +321,7 @@ def follow(flow: Flow, out: Path, *, n: int, seed: int, nfe: int | None, say: Sa
     codec, objective, surrogate, cloud = parts_of(flow)
     n = min(n, len(flow.source)) or n  # each molecule once; 0: a density, which never runs out
     observer = Observer(codec, objective, surrogate, set(cloud.smiles), cloud.info["calls"] + surrogate.info["calls"])
-    before, after, rows = along(flow, observer, n, seed, nfe=nfe, processes=processes(), say=say)
+    before, after, rows = along(flow, observer, n, seed, nfe=nfe, processes=cpus(), say=say)
     write_population(before, objective, out / "population_before.csv")
     write_population(after, objective, out / "population_after.csv")
     write_population(after, objective, out / "population_after.png")

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+from gengrad.machine import cpus
+
 # flows.solvers has the same, which the help need not wait for
 SOLVERS = ("euler", "midpoint", "heun", "rk4")
 
@@ -107,6 +109,17 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--phase-1", type=int, default=None, metavar="K", help="evaluations of the Sinkhorn phase")
     parser.add_argument("--tau", type=float, default=None, help="start of the straight phase (default: predicted)")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """How many processes handle molecules, and how long one may take."""
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=cpus(),
+        help="worker processes (default: the CPUs of this process); changes no result",
+    )
+    parser.add_argument("--timeout", type=positive, default=10, metavar="SECONDS", help="for one molecule (default 10)")
 
 
 def positive(text: str) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gengrad.machine import cpus
+
 
 def add_latent(commands, positive) -> None:
     """Adds the commands to those of ``gengrad molecules``."""
@@ -84,7 +86,7 @@ def train_autoencoder(given) -> int:
     settings = _settings(AutoencoderSettings, network=_chosen(given, "latent", "width"), **options)
     _, smiles = chain.molecules(Latents.Config(path=given.file, column=given.column), given.out / "molecules", print)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = train(smiles, given.out, settings, processes=chain.processes(), device=device)
+    found = train(smiles, given.out, settings, processes=cpus(), device=device)
     if isinstance(found, int):
         return 128 + found
     report = found.info["reconstruction"]
@@ -151,7 +153,7 @@ def sample_molecules(trained, given) -> int:
     step, here = 0, x
     for step, here in enumerate(states(trained, x, given.seed, nfe)):  # noqa: B007 - the last one is used
         pass
-    found = population(codec, objective, surrogate, here, parents, step, given.seed, chain.processes())
+    found = population(codec, objective, surrogate, here, parents, step, given.seed, cpus())
     different = len({found.smiles[i] for i in found.valid})
     print(f"{n} points, {len(found.valid)} molecules, {different} different, {int(found.scores.passed.sum())} pass")
     if different:

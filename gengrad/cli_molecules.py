@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
+from gengrad.cli_arguments import add_workers
 from gengrad.cli_latent import add_latent
 from gengrad.cli_populations import add_populations
 
@@ -19,7 +19,7 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
     enumerate_.set_defaults(command=library)
 
     clean = commands.add_parser("prepare", help="standardise a file; every row that is not kept gets its reason")
-    _add_file(clean, positive)
+    _add_file(clean)
     clean.add_argument(
         "--out",
         type=Path,
@@ -38,7 +38,7 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
     clean.set_defaults(command=prepare)
 
     judge = commands.add_parser("score", help="score a file by an objective, one line out for each row")
-    _add_file(judge, positive)
+    _add_file(judge)
     judge.add_argument("--objective", type=Path, required=True, metavar="FILE.yaml")
     judge.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
     judge.set_defaults(command=score)
@@ -46,16 +46,10 @@ def add_molecules(parser: argparse.ArgumentParser, positive) -> None:
     add_latent(commands, positive)
 
 
-def _add_file(parser: argparse.ArgumentParser, positive) -> None:
+def _add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help=".smi, .csv, .tsv, .txt or .sdf, also .gz, .xz, .bz2")
     parser.add_argument("--column", default=None, help="the SMILES column of a table (default: a usual name)")
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help="worker processes (default: the CPUs of this process); changes no result",
-    )
-    parser.add_argument("--timeout", type=positive, default=10, metavar="SECONDS", help="for one molecule (default 10)")
+    add_workers(parser)
 
 
 def library(given) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
+
+from gengrad.cli_arguments import add_workers
 
 
 def add_populations(commands, positive) -> None:
     """Adds them to the subparsers of ``gengrad molecules``."""
     search = commands.add_parser("baseline", help="random screening or a genetic algorithm at equal scorer calls")
     search.add_argument("method", help="random or graph-ga")
-    _add_search(search, positive)
+    _add_search(search)
     search.add_argument("--calls", type=int, required=True, metavar="N", help="different molecules scored, exactly")
     search.add_argument("--start", type=Path, default=None, metavar="FILE", help="molecules (default: the library)")
     search.add_argument("--population", type=positive, default=100, help="default 100")
@@ -20,7 +21,7 @@ def add_populations(commands, positive) -> None:
 
     improve = commands.add_parser("optimize", help="better molecules near given leads")
     improve.add_argument("leads", type=Path, help="a file of molecules")
-    _add_search(improve, positive)
+    _add_search(improve)
     improve.add_argument("--similarity", type=float, default=0.4, help="Tanimoto to the lead, at least (default 0.4)")
     improve.add_argument("--calls", type=int, required=True, metavar="N", help="scorer calls for each lead")
     improve.add_argument(
@@ -40,33 +41,23 @@ def add_populations(commands, positive) -> None:
     judge.add_argument("--fcd-at-any-size", action="store_true", help="also under 5,000 molecules, where it is biased")
     judge.add_argument("--seed", type=int, default=0, help="of the split for the FCD's floor")
     judge.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="default: metrics.json beside AFTER")
-    _add_workers(judge, positive)
+    add_workers(judge)
     judge.set_defaults(command=evaluate)
 
     show = commands.add_parser("report", help="one HTML file about the populations in a folder")
     show.add_argument("folder", type=Path, help="with population_before.csv and population_after.csv")
     show.add_argument("--out", type=Path, default=None, metavar="FILE.html", help="default: report.html in the folder")
     show.add_argument("--title", default=None)
-    _add_workers(show, positive)
+    add_workers(show)
     show.set_defaults(command=report)
 
 
-def _add_search(parser: argparse.ArgumentParser, positive) -> None:
+def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objective", type=Path, required=True, metavar="FILE.yaml")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one again goes on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--column", default=None, help="the SMILES column of a table (default: a usual name)")
-    _add_workers(parser, positive)
-
-
-def _add_workers(parser: argparse.ArgumentParser, positive) -> None:
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help="worker processes (default: the CPUs of this process); changes no result",
-    )
-    parser.add_argument("--timeout", type=positive, default=10, metavar="SECONDS", help="for one molecule (default 10)")
+    add_workers(parser)
 
 
 def _common(given) -> dict:

@@ -17,6 +17,12 @@ def script(name):
     return module
 
 
+def quick(folder, parts, methods, *more):
+    """Arguments of the image benchmark at its smallest, everything written into ``folder``."""
+    places = f"--out {folder}/r.json --runs {folder}/runs --pictures {folder}".split()
+    return ["--quick", *places, "--seeds", "2", "--parts", parts, "--methods", methods, *more]
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GENGRAD_CACHE", str(tmp_path / "cache"))
@@ -91,25 +97,7 @@ def test_the_image_benchmark_writes_its_tables_and_computes_nothing_twice(tmp_pa
     from gengrad.evaluation import classifier
 
     monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
-    command = [
-        "--quick",
-        "--steps",
-        "3",
-        "--n",
-        "20",
-        "--parts",
-        "methods,phase1",
-        "--out",
-        str(tmp_path / "r.json"),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--pictures",
-        str(tmp_path),
-        "--seeds",
-        "2",
-        "--methods",
-        "nsgf_pp_shared,flow_matching",
-    ]
+    command = quick(tmp_path, "methods,phase1", "nsgf_pp_shared,flow_matching", "--steps", "3", "--n", "20")
     module.main(command)
     first = capsys.readouterr().out
     assert "flow matching" in first and "NSGF++, shared network" in first and "effective_neighbours" in first
@@ -137,21 +125,7 @@ def test_processes_of_the_image_benchmark_share_one_json(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(module, "judge", judged)
     monkeypatch.setattr(module, "train", lambda config: {**found, "config": config.digest()})
-    command = [
-        "--quick",
-        "--parts",
-        "methods",
-        "--out",
-        str(tmp_path / "r.json"),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--pictures",
-        str(tmp_path),
-        "--seeds",
-        "2",
-        "--methods",
-        "flow_matching",
-    ]
+    command = quick(tmp_path, "methods", "flow_matching")
     monkeypatch.setattr(module.plotting, "side_by_side", lambda grids: None)
     monkeypatch.setattr(module.plotting, "save", lambda figure, place: None)
     module.main(command)

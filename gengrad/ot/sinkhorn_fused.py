@@ -102,9 +102,8 @@ class Answers(NamedTuple):
 
 def read_clouds(p: Problem) -> list[Clouds]:
     """Every problem of the batch, without a copy."""
-    named = (p.x, p.y, p.a, p.b, p.half_x, p.half_y, p.mean_x, p.mean_y)
-    columns = [t.numpy() for t in named] + [[NONE] * len(p.x) if p.centre is None else p.centre.numpy()[:, 0]]
-    return [Clouds(*row) for row in zip(*columns, p.eps.tolist(), p.mean_cost.tolist())]
+    centres = [NONE] * len(p.x) if p.centre is None else p.centre.numpy()[:, 0]
+    return [Clouds(*row) for row in zip(*p.arrays, centres, p.eps.tolist(), p.mean_cost.tolist())]
 
 
 def room(p: Problem) -> Answers:

@@ -143,12 +143,22 @@ def symmetric_averages(kernel, u, ku, xt, out):
             out[i, q] = columns[q, i] / ku[i]
 
 
+TILE = 8  # rows of a tile that is turned over in cache
+
+
 @jit
 def mirror_blocks(kernel, size):
-    """Fills in the lower triangle of the diagonal blocks of `size` rows from the upper one."""
+    """Fills in the lower triangle of the diagonal blocks of `size` rows from the upper one, tile by tile."""
     n = kernel.shape[0]
     for first in range(0, n, size):
-        for i in range(first, min(first + size, n)):
-            row = kernel[i]
-            for j in range(first, i):
-                row[j] = kernel[j, i]
+        last = min(first + size, n)
+        for top in range(first, last, TILE):
+            bottom = min(top + TILE, last)
+            for i in range(top, bottom):
+                for j in range(top, i):
+                    kernel[i, j] = kernel[j, i]
+            for left in range(first, top, TILE):
+                for j in range(left, left + TILE):
+                    source = kernel[j, top:bottom]
+                    for i in range(source.shape[0]):
+                        kernel[top + i, j] = source[i]

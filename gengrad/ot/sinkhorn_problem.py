@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -27,11 +28,12 @@ class Problem:
     half_x: Tensor  # (B, n) half the squared norms, after centring
     half_y: Tensor  # (B, m)
     single: bool  # the caller gave (n, d), and gets results without the batch dimension
+    arrays: tuple | None = field(default=None, repr=False)  # x, y, a, b, half_x, half_y, mean_x, mean_y, where at hand
 
     def part(self, i: int) -> Problem:
         """The i-th problem, as a batch of one."""
         cut = {k: v[i : i + 1] for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **cut)
+        return replace(self, **cut, arrays=None)
 
     def back(self, points: Tensor) -> Tensor:
         """Centred points in the caller's coordinates."""
@@ -140,7 +142,7 @@ def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) 
     x, y = (x[None], y[None]) if single else (x, y)
     a, b = _weights("a", a, x, single), _weights("b", b, y, single)
     x, y = x.detach().contiguous(), y.detach().contiguous()
-    *moments, costs, offsets = _moments(x, y, a, b)
+    moments, costs, offsets, arrays = _moments(x, y, a, b)
     if not all(map(math.isfinite, costs)):  # any infinite or undefined entry ends up here
         _refuse_infinite("x", given[0])
         _refuse_infinite("y", given[1])
@@ -149,27 +151,38 @@ def read_problem(x, y, epsilon=None, epsilon_rel: float = 0.05, a=None, b=None) 
     if any(square > c for square, c in zip(offsets, costs)):
         centre = moments[3][:, None]  # the mean of y: far from the origin the products would cancel
         x, y = x - centre, y - centre
-        *moments, costs, _ = _moments(x, y, a, b)
+        moments, costs, _, arrays = _moments(x, y, a, b)
     half_x, half_y, mean_x, mean_y = moments
-    eps = torch.tensor(_epsilon(epsilon, epsilon_rel, costs, x.dtype, single), dtype=x.dtype, device=x.device)
-    mean_cost = torch.tensor(costs, dtype=x.dtype, device=x.device)
-    return Problem(x, y, a, b, eps, mean_cost, centre, mean_x, mean_y, half_x, half_y, single)
+    numbers = [_epsilon(epsilon, epsilon_rel, costs, x.dtype, single), costs]
+    eps, mean_cost = torch.tensor(numbers, dtype=x.dtype, device=x.device).unbind()
+    return Problem(x, y, a, b, eps, mean_cost, centre, mean_x, mean_y, half_x, half_y, single, arrays)
 
 
 def _moments(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple:
-    """Half squared norms and means; per problem, as numbers, the mean cost and |mean_y|^2. In O((n + m) d), by
+    """Half squared norms and means; per problem, as numbers, the mean cost and |mean_y|^2; `Problem.arrays`.
 
-    E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y.
+    In O((n + m) d), by E |x - y|^2 / 2 = E |x|^2 / 2 + E |y|^2 / 2 - mean_x . mean_y.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and has_numba():
-        from .sinkhorn_numba_ends import moments
-
-        *arrays, cost, offset = moments(x.numpy(), y.numpy(), a.numpy(), b.numpy())
-        return *map(torch.from_numpy, arrays), [max(c, 0.0) if c == c else c for c in cost.tolist()], offset.tolist()
+    if x.dtype == torch.float32 and x.device.type == "cpu" and (fused := _fused_moments()):
+        clouds = (x.numpy(), y.numpy(), a.numpy(), b.numpy())
+        *moments, cost, offset = fused(*clouds)
+        costs = [max(c, 0.0) if c == c else c for c in cost.tolist()]
+        return tuple(map(torch.from_numpy, moments)), costs, offset.tolist(), (*clouds, *moments)
     half_x, half_y = (0.5 * torch.linalg.vector_norm(t, dim=-1).square() for t in (x, y))
     mean_x, mean_y = (torch.bmm(w[:, None, :], t)[:, 0] for w, t in ((a, x), (b, y)))
     cost = (a * half_x).sum(1) + (b * half_y).sum(1) - (mean_x * mean_y).sum(1)
-    return half_x, half_y, mean_x, mean_y, cost.clamp_min(0.0).tolist(), mean_y.square().sum(-1).tolist()
+    moments = half_x, half_y, mean_x, mean_y
+    return moments, cost.clamp_min(0.0).tolist(), mean_y.square().sum(-1).tolist(), None
+
+
+@lru_cache(maxsize=1)
+def _fused_moments() -> Callable | None:
+    """The fused path's kernel for the moments, if it is there."""
+    if not has_numba():
+        return None
+    from .sinkhorn_numba_ends import moments  # compiles at first use
+
+    return moments
 
 
 @lru_cache(maxsize=1)

@@ -253,16 +253,19 @@ def solve_one(c: Clouds, o: Options, g: np.ndarray | None, h: np.ndarray | None,
         base = own.seen()  # refined for a speed that turned out small, which changes the speed a little
         if sweeps >= o.max_iter or error <= max(share * fused.rms_gap(shot, base, c.a), 0.5 * floor):
             break
-    return finish(c, o, own, kernel, (v, s, log_b, log_row), (marginal, error, floor), out), sweeps
+    return finish(c, o, own, kernel, (v, s, log_b, log_row, shot), (marginal, error, floor), out), sweeps
 
 
 def finish(c: Clouds, o: Options, own: OwnMap | None, kernel: Tensor, state, errors, out: Answers) -> bool:
     """The maps and numbers of `sinkhorn_solve.finish`; spends the kernel. True if the tolerance is met."""
-    (v, s, log_b, log_row), (marginal, error, floor), k = state, errors, kernel.numpy()
+    (v, s, log_b, log_row, shot), (marginal, error, floor), k = state, errors, kernel.numpy()
     own_target, solved = c.x if own is None else own.target(), own is not None and not own.skipped
     if c.y.shape[1] <= NARROW:
         mean_s = ends.row_means(k, v, s)
-        fused.averages(k, v, _columns(c.y), out.target)
+        if _probes(c.y.shape[1]) is None:  # few dimensions are their own probes: the map is there
+            out.target[:] = shot
+        else:
+            fused.averages(k, v, _columns(c.y), out.target)
     else:
         mean_s = ends.normalise(k, v, s)
         torch.mm(kernel, torch.from_numpy(c.y), out=torch.from_numpy(out.target))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
-from gengrad.data.draws import draw
+from gengrad.data.draws import draw, generator_for
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Density
@@ -17,6 +17,7 @@ from gengrad.networks.curvature import EXACT, log_det
 
 MATCHED = 4096  # particles whose mean and covariance are made exact together
 CHUNK = 8192  # particles moved at once
+FURTHER = 2.0  # times as far out as a draw of the source, at most, are its outposts
 JUDGED = 4096  # particles whose score is kept in float64
 
 
@@ -24,17 +25,33 @@ JUDGED = 4096  # particles whose score is kept in float64
 class Cloud:
     """Particles x (n, d) with log rho (n,) and, of the first ``len(score)``, the score grad log rho; float64.
 
-    ``log_rho`` is None where the source has no density, ``score`` also where d is above 64.
+    ``log_rho`` is None where the source has no density, ``score`` also where d is above 64. ``outposts`` are particles
+    of their own, with their log rho and score: no sample of rho, but further out, where rho has next to no particles.
     """
 
     x: Tensor
     log_rho: Tensor | None
     score: Tensor | None
+    outposts: Cloud | None = None
 
     @classmethod
-    def of(cls, source: Distribution, n: int, seed: int, probes: int, device: torch.device) -> Cloud:
-        """``n`` particles of the source; where its moments are known, blocks of 4096 have them exactly."""
+    def of(cls, source: Distribution, n: int, seed: int, probes: int, device: torch.device, outposts: int = 0) -> Cloud:
+        """``n`` particles of the source; where its moments are known, blocks of 4096 have them exactly.
+
+        ``outposts`` more lie up to ``FURTHER`` times as far from the mean as others that were drawn.
+        """
         x = matched(draw(source, 0, n, seed, "cloud").flatten(1).double(), source.moments())
+        cloud = cls.at(x, source, probes, device)
+        if outposts:
+            y = draw(source, 0, outposts, seed, "cloud/outposts").flatten(1).double()
+            u = torch.rand(outposts, 1, generator=generator_for(seed, "cloud/further"), dtype=torch.float64)
+            y = x.mean(0) + (1 + (FURTHER - 1) * u) * (y - x.mean(0))
+            cloud.outposts = cls.at(y, source, outposts, device)
+        return cloud
+
+    @classmethod
+    def at(cls, x: Tensor, source: Distribution, probes: int, device: torch.device) -> Cloud:
+        """Particles at x (n, d), with the source's density there."""
         log_rho = score = None
         if hasattr(source, "log_density"):
             log_rho = source.log_density(x.view(-1, *source.event_shape)).double().to(device)
@@ -67,6 +84,11 @@ class Cloud:
 
     def through(self, transport: Transport) -> Cloud:
         """The cloud after a transport that has a density; one that knows no score loses it."""
+        after = self._moved(transport)
+        after.outposts = None if self.outposts is None else self.outposts._moved(transport)
+        return after
+
+    def _moved(self, transport: Transport) -> Cloud:
         if isinstance(transport, GradientTransport):
             # a curved map in the precision of its training, at half the time; the score and affine maps in float64
             return self.pushed(copy.deepcopy(transport.network).double(), fast=not transport.network.is_affine)
@@ -78,11 +100,11 @@ class Cloud:
             return Cloud(transport.push(self.x), log_rho, score)
 
     def first(self, n: int) -> Cloud:
-        """The first n particles."""
+        """The first n particles, without outposts."""
         return self.part(0, n)
 
     def part(self, start: int, stop: int) -> Cloud:
-        """Particles ``start`` .. ``stop - 1``."""
+        """Particles ``start`` .. ``stop - 1``, without outposts."""
         log_rho = None if self.log_rho is None else self.log_rho[start:stop]
         return Cloud(self.x[start:stop], log_rho, None if self.score is None else self.score[start:stop])
 

@@ -107,6 +107,22 @@ def test_a_cloud_carries_the_density_and_the_score_of_its_flow():
         assert torch.allclose(cloud.score @ axis, slope, atol=1e-5)  # central differences: h^2 and rounding over h
 
 
+def test_outposts_lie_further_out_and_carry_the_density_of_the_flow():
+    f, n = flow(), 512
+    cloud = Cloud.of(f.source, n, 0, n, torch.device("cpu"), outposts=n)
+    spread = [part.x.sub(cloud.x.mean(0)).square().sum(1).mean().sqrt() for part in (cloud, cloud.outposts)]
+    assert 1.3 < spread[1] / spread[0] < 1.8  # the root mean square of factors in [1, 2] is 1.53
+    for transport in f.transports:
+        cloud = cloud.through(transport)
+    far = cloud.outposts
+    assert torch.allclose(far.log_rho, f.log_density(far.x), atol=1e-4)  # a curved map moves them in float32
+    h = 1e-3
+    for axis in torch.eye(2).double():
+        slope = (f.log_density(far.x + h * axis) - f.log_density(far.x - h * axis)) / (2 * h)
+        assert torch.allclose(far.score @ axis, slope, atol=1e-2)
+    assert cloud.first(4).outposts is None
+
+
 def test_affine_scores_need_no_derivative_of_the_volume():
     net = ICNN(event_shape=(2,)).double()
     net.set_affine(torch.diag(torch.tensor([2.0, 0.5])).double(), torch.zeros(2).double())

@@ -6,7 +6,7 @@ import yaml
 
 import gengrad
 from gengrad.cli import main
-from gengrad.methods.jko_icnn import JKOStage
+from gengrad.methods.jko_stage import JKOStage
 
 BASE = {
     "source": {"name": "normal"},
@@ -32,6 +32,9 @@ CASES = {
         {}, {"functional": [{"name": "entropy", "weight": -1.0}]}, ["entropy of weight -1", "positive weight"],
     ),
     "kl to no data": ({}, {"functional": "kl"}, ["needs the log density of the data", "'space'"]),
+    "outposts where particles meet": (
+        {}, {"functional": ["entropy", "interaction"], "outposts": 32}, ["outposts=32", "particles do not meet"],
+    ),
     "samples of no data": ({}, {"functional": "energy_distance"}, ["has no samples"]),
     "a misspelt functional": ({}, {"functional": "entorpy"}, ["method.functional", "Did you mean 'entropy'"]),
     "a misspelt potential": (

@@ -13,7 +13,7 @@ from gengrad.flows import Flow
 from gengrad.functionals.potential import random_spd
 from gengrad.methods import JKOICNN, Part, Problem
 from gengrad.methods.jko_affine import JKOProblem, solve_affine
-from gengrad.methods.jko_icnn import is_better, steps_of
+from gengrad.methods.jko_stage import is_better, steps_of
 from gengrad.networks import ICNN
 from gengrad.ot import gaussian_jko_step
 
@@ -126,6 +126,28 @@ def test_at_the_exact_step_gradients_by_scores_vanish_particle_by_particle():
     method = JKOICNN(functional=terms, tau=0.5, jko_steps=1, cloud=4096)
     stage = next(iter(method.stages(problem(source, Space(dimension=2), width=8), Flow(source))))
     assert gradient(stage, 16, True).norm() < 1e-4 < 1e-2 < gradient(stage, 16, False).norm()
+
+
+def test_at_the_exact_step_the_gradient_vanishes_at_outposts_too():
+    terms = [{"name": "potential", "potential": "quadratic"}, "entropy"]
+    asked = problem(Gaussian(mean=[1.0, 0.0], covariance=[[2.0, 0.3], [0.3, 1.0]]), Space(dimension=2))
+    alone, among = (
+        next(
+            iter(
+                JKOICNN(functional=terms, tau=0.5, jko_steps=1, cloud=64, outposts=n).stages(asked, Flow(asked.source))
+            )
+        )
+        for n in (0, 64)
+    )
+    assert len(among.train.x) == 128 and among.own == 64
+    exact = gradient(among, 128, scored=True).norm()
+    # energies are logged of the particles that are draws of the source
+    energies = [
+        s.objective(s.networks, Part(0, len(s.train.x)), generator_for(0, "t"))[1]["energy"] for s in (alone, among)
+    ]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-5)
+    among.networks["potential"].load_state_dict(ICNN(event_shape=(2,), width=16).state_dict())  # the identity
+    assert exact < 1e-4 * gradient(among, 128, scored=True).norm()
 
 
 def test_a_trained_map_is_kept_where_it_is_better_beyond_noise_and_else_by_its_residual():

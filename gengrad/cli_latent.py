@@ -77,14 +77,13 @@ def train_autoencoder(given) -> int:
     """``gengrad molecules train-autoencoder FILE --out FOLDER [--minutes 10 | --steps 2000]``"""
     import torch
 
-    from gengrad import chain
-    from gengrad.latent import Latents
+    from gengrad.latent import Latents, stages
     from gengrad.latent.settings import AutoencoderSettings
     from gengrad.latent.training import train_autoencoder as train
 
     options = _chosen(given, "minutes", "steps", "batch_size", "lr", "noise", "seed")
     settings = _settings(AutoencoderSettings, network=_chosen(given, "latent", "width"), **options)
-    _, smiles = chain.molecules(Latents.Config(path=given.file, column=given.column), given.out / "molecules", print)
+    _, smiles = stages.molecules(Latents.Config(path=given.file, column=given.column), given.out / "molecules", print)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = train(smiles, given.out, settings, processes=cpus(), device=device)
     if isinstance(found, int):
@@ -100,8 +99,7 @@ def train_autoencoder(given) -> int:
 
 def train_surrogate(given) -> int:
     """``gengrad molecules train-surrogate FILE --autoencoder FOLDER --objective FILE.yaml --out FOLDER``"""
-    from gengrad import chain
-    from gengrad.latent import Latents
+    from gengrad.latent import Latents, stages
     from gengrad.latent.codec import Codec
     from gengrad.latent.settings import SurrogateSettings
     from gengrad.molecules.objective import load_objective
@@ -109,9 +107,9 @@ def train_surrogate(given) -> int:
     objective, codec = load_objective(given.objective), Codec.load(given.autoencoder)
     settings = _settings(SurrogateSettings, **_chosen(given, "members", "steps", "seed"))
     taken = Latents.Config(path=given.file, column=given.column)
-    ids, smiles = chain.molecules(taken, given.out / "molecules", print)
-    cloud = chain.encoded(codec, ids, smiles, objective, given.out, print)
-    chain.surrogate_for(cloud, codec, objective, settings, given.out, print)
+    ids, smiles = stages.molecules(taken, given.out / "molecules", print)
+    cloud = stages.encoded(codec, ids, smiles, objective, given.out, print)
+    stages.surrogate_for(cloud, codec, objective, settings, given.out, print)
     print(f"written: {given.out / 'surrogate'}, {given.out / 'latents'}")
     return 0
 

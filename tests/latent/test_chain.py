@@ -12,6 +12,7 @@ from gengrad.cli import main
 from gengrad.config import load_config, read_config
 from gengrad.data.draws import Shuffle
 from gengrad.flows.flow import load
+from gengrad.latent import stages
 from gengrad.latent.data import Cloud, Latents
 from gengrad.latent.population import columns, sources, states
 from gengrad.latent.settings import SurrogateSettings
@@ -186,21 +187,21 @@ def test_latents_without_a_run_say_how_they_are_made():
 def test_molecules_of_another_alphabet_are_refused_with_a_reason(codec, tmp_path):
     smiles = [f"{'C' * k}I" for k in range(1, 31)]
     with pytest.raises(ValueError, match=r"can take 0 of 30 molecules.*not seen \(\[I\]\)"):
-        chain.encoded(codec, smiles, smiles, read_objective({"components": ["qed"]}), tmp_path)
+        stages.encoded(codec, smiles, smiles, read_objective({"components": ["qed"]}), tmp_path)
 
 
 def test_the_surrogate_is_shown_what_points_beside_the_codes_decode_to(folder):
     flow = load(folder / "run")
     codec, objective, surrogate, cloud = chain.parts_of(flow)
     settings = SurrogateSettings(explored=12)
-    x, properties, calls = chain.explored(codec, cloud, objective, settings)
+    x, properties, calls = stages.explored(codec, cloud, objective, settings)
     texts = codec.decode(x)
     assert len(x) == len(properties) <= 12 and calls == len(set(texts))
     qed = SCORERS.build({"name": "qed"})
     assert torch.allclose(properties[:, 0], torch.tensor(qed(texts)).double())
     assert torch.cdist(x, cloud.x).min() > 0  # none is a molecule's own code
     assert surrogate.info["calls"] <= 10 and surrogate.info["molecules"] == len(cloud.x)
-    nothing = chain.explored(codec, cloud, objective, SurrogateSettings(explored=0))
+    nothing = stages.explored(codec, cloud, objective, SurrogateSettings(explored=0))
     assert len(nothing[0]) == nothing[2] == 0
 
 

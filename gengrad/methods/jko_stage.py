@@ -51,7 +51,8 @@ class JKOStage(Stage):
             self._solve_affine(network)
         self.networks = {"potential": network}
         self.initial = copy.deepcopy(network).requires_grad_(False)
-        self.at_start = self._judge(self.initial)
+        self.at_rest, self.at_start = self._judge(None), self._judge(self.initial)
+        self._or_affine()
         self.solved = self.at_start["residual"] is not None and self.at_start["residual"] <= config.tol
         self.steps = 0 if self.solved else steps_of(k, config.jko_steps, problem.steps)
         # particles with a score give gradients that vanish with the residual, one by one
@@ -59,6 +60,19 @@ class JKOStage(Stage):
         self.train = self._train_on(cloud)
         self._order = Shuffle(len(self.train.x), problem.seed, f"train/cloud/{k}")
         self._done, self.record = 0, {}
+
+    def _or_affine(self) -> None:
+        """Where the bends of the step before make a map worse than none, as near equilibrium, an affine map starts.
+
+        Training begins with these bends all the same: they stand where this step needs some.
+        """
+        if self.initial.is_affine or self.config.start != "affine":
+            return
+        if self.at_start["parts"].mean() > self.at_rest["parts"].mean():
+            with torch.no_grad():
+                self.initial.scales.zero_()
+            self._solve_affine(self.initial)
+            self.at_start = self._judge(self.initial)
 
     def _train_on(self, cloud: Cloud) -> Cloud:
         """The particles that batches are drawn from; outposts after the others."""
@@ -127,7 +141,7 @@ class JKOStage(Stage):
             judged = self._judge(learned)
             if is_better(judged, self.at_start):
                 network, found, trained = learned, judged, True
-        before = self._judge(None)["energy"]
+        before = self.at_rest["energy"]
         self.record = {
             "step": self.k + 1,
             "tau": self.jko.tau,

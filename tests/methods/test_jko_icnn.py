@@ -10,10 +10,11 @@ from gengrad.data import Gaussian, GaussianMixture, Moons, StandardNormal
 from gengrad.data.draws import generator_for
 from gengrad.data.space import Space
 from gengrad.flows import Flow
+from gengrad.flows.density_cloud import Cloud
 from gengrad.functionals.potential import random_spd
 from gengrad.methods import JKOICNN, Part, Problem
 from gengrad.methods.jko_affine import JKOProblem, solve_affine
-from gengrad.methods.jko_stage import is_better, steps_of
+from gengrad.methods.jko_stage import JKOStage, is_better, steps_of
 from gengrad.networks import ICNN
 from gengrad.ot import gaussian_jko_step
 
@@ -148,6 +149,18 @@ def test_at_the_exact_step_the_gradient_vanishes_at_outposts_too():
     assert energies[0] == pytest.approx(energies[1], rel=1e-5)
     among.networks["potential"].load_state_dict(ICNN(event_shape=(2,), width=16).state_dict())  # the identity
     assert exact < 1e-4 * gradient(among, 128, scored=True).norm()
+
+
+def test_bends_that_would_raise_the_energy_give_way_to_an_affine_map():
+    terms = [{"name": "potential", "potential": "quadratic"}, "entropy"]
+    asked = problem(StandardNormal(event_shape=(2,)), Space(dimension=2))  # at equilibrium already
+    method, before = JKOICNN(functional=terms, tau=0.5, jko_steps=2, cloud=2048), asked.make_network()
+    with torch.no_grad():
+        before.scales.fill_(0.5)
+    cloud = Cloud.of(asked.source, 2048, 0, 2048, asked.device)
+    stage = JKOStage(asked, method.config, method._functional_of(asked), cloud, 1, before)
+    assert stage.initial.is_affine and not stage.networks["potential"].is_affine
+    assert stage.at_start["parts"].mean() < stage.at_rest["parts"].mean() + 1e-6
 
 
 def test_a_trained_map_is_kept_where_it_is_better_beyond_noise_and_else_by_its_residual():

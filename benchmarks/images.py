@@ -88,15 +88,13 @@ def config_of(method: str, given: argparse.Namespace) -> RunConfig:
 
 
 def train(config: RunConfig) -> dict:
-    """Trains the run, or goes on with it; seconds of this call, of them on transport problems, and images seen."""
+    """Trains the run, or goes on with it; CPU-seconds of its steps, of them on transport problems, and images seen."""
     outcome = gengrad.train(config, quiet=True)
     if not outcome.finished:
         raise SystemExit("interrupted; the same command goes on")
     rows = read_metrics(config.general.out)
     return {
-        "seconds": outcome.seconds,
-        "cpu_seconds": outcome.cpu_seconds,
-        "ot_seconds": sum(row.get("ot_seconds", 0.0) for row in rows),
+        **{key: sum(row.get(key, 0.0) for row in rows) for key in ("cpu_seconds", "ot_seconds")},
         "images": config.train.steps * config.train.batch_size,
         "config": config.digest(),
     }

@@ -112,9 +112,13 @@ class Fitter:
                 accelerator.backward(loss / settings.accumulate)
             for key in logs:
                 if key.endswith("_seconds"):
-                    self.spent[key] = self.spent.get(key, 0.0) + logs[key]
+                    self.spend(key, logs[key])
             losses.append(loss.detach())
         return torch.stack(losses).mean(), logs
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Adds to what the next line of the log says was spent since the last one."""
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
 
     def check_finite(self, run: Run) -> None:
         """Raises ``TrainingStopped`` where a weight is not finite: such a state is never committed."""

@@ -112,7 +112,9 @@ def _fit_stage(
     clock, first = time.perf_counter(), progress.step
     spoken = clock
     while progress.step < stage.steps:
+        before = time.process_time()
         result = fitter.step(progress)
+        fitter.spend("cpu_seconds", time.process_time() - before)
         progress.step, progress.total = progress.step + 1, progress.total + 1
         if result is None:
             _count_skip(fitter, flow, run)

@@ -259,6 +259,7 @@ def under_torchrun(directory: Path, plan: str) -> dict | None:
         save_on(directory, ranks, 1)
     outcome = ranks.gather_object(fill_one_disk(directory, ranks, found.step if found else 0))
     figures = {"attempts": attempt + 1, "bad": (directory / "bad").exists(), "world": world, "outcome": outcome}
+    group.destroy_process_group()  # as gengrad's runs do: gloo's threads abort a process that ends under them
     return figures if ranks.first else None
 
 

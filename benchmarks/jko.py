@@ -102,7 +102,7 @@ def mixture_config(d: int, seed: int, quick: bool) -> dict:
         "data": {"name": "gaussian_mixture", "means": means, "scales": [1.0] * count},
         "network": {"name": "icnn"},
         "method": {"name": "jko_icnn", "functional": "kl", "tau": 0.1, "jko_steps": jko_steps, "cloud": 50_000},
-        "train": {"steps": 20 if quick else 4200, "batch_size": 512, "lr": MIXTURE_LR, "checkpoint_every": 10_000},
+        "train": {"steps": 20 if quick else 16_800, "batch_size": 256, "lr": MIXTURE_LR, "checkpoint_every": 10_000},
         "evaluate": {"nfe": [jko_steps]},
         "seed": seed,
     }

@@ -17,7 +17,7 @@ class AutoencoderSettings(Settings):
     batch_size: int = Field(128, ge=2)
     lr: float = Field(2e-3, gt=0)
     warmup: int = Field(100, ge=0)
-    noise: float = Field(0.5, ge=0)  # standard deviation of what is added to the codes, whose coordinates have about 1
+    noise: float = Field(0.35, ge=0)  # standard deviation of what is added to the codes, whose coordinates have about 1
     held_out: int = Field(1000, ge=1)  # molecules kept for the report; at most a tenth
     seed: int = Field(0, ge=0)
 

@@ -1,0 +1,174 @@
+"""A map that sees the measure it moves: a cloud becomes a context of a few tokens, and any point asks that context."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from gengrad.networks.mlp import perceptron
+from gengrad.registry import NETWORKS, Configured, Settings
+
+LARGEST_JACOBIAN = 3  # dimensions up to which log det DT is written out
+FOLD = 0.05  # det DT below which log det is continued by its tangent, down through zero
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a map knows of a measure; leading dimensions (...) are those of the clouds, none or (sets,).
+
+    ``mean`` (..., 1, d), ``scale`` (..., 1, 1): of the cloud; ``known`` (..., 1, f): its moments and, where asked for,
+    log tau; ``keys``, ``values`` (..., heads, tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    known: Tensor
+    keys: Tensor
+    values: Tensor
+    linear: Tensor
+    shift: Tensor
+    tau: float
+
+
+class Attention(nn.Module):
+    """h <- h + W softmax(Q K' / sqrt(c)) V, then h <- h + perceptron(h): softmax weights are a mean over what is seen,
+
+    so that a particle that comes twice weighs twice, and a cloud that comes twice weighs the same.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.then = perceptron(width, width, 1, width, "silu")
+
+    def seen(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of z (..., m, width), each (..., heads, m, width / heads)."""
+        return self._split(self.key(z)), self._split(self.value(z))
+
+    def forward(self, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        query = self._split(self.query(h))
+        weights = torch.softmax(query @ keys.mT / math.sqrt(query.shape[-1]), dim=-1)
+        h = h + self.out((weights @ values).transpose(-3, -2).flatten(-2))
+        return h + self.then(h)
+
+    def _split(self, z: Tensor) -> Tensor:
+        return z.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+
+@NETWORKS.register("set_operator")
+class SetOperator(nn.Module, Configured):
+    """T(x; mu) = x + tau g(x, context(mu)), with g = 0 at the start: x (..., n, d), mu a cloud (..., N, d) of any N.
+
+    Context: a perceptron of each particle and the cloud's mean and covariance; ``blocks`` of induced set attention
+    (``tokens`` learned queries gather from the particles, which then ask the tokens; Set Transformer, arXiv
+    1810.00825); a last gathering. g: an affine map with coefficients from the tokens, plus a perceptron of what the
+    point finds by attention to them. Equivariant under permutations of the cloud, unchanged when all of it comes
+    twice; x need not be in the cloud. ``on_tau``: the context takes log tau too, so that one network serves many tau.
+    """
+
+    learns = "operator"
+
+    class Config(Settings):
+        width: int = Field(64, ge=4)
+        depth: int = Field(2, ge=1)  # hidden layers of the last perceptron
+        heads: int = Field(4, ge=1)
+        tokens: int = Field(16, ge=1)
+        blocks: int = Field(2, ge=1)
+        on_tau: bool = False
+
+        @model_validator(mode="after")
+        def _divides(self):
+            if self.width % self.heads:
+                raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
+            return self
+
+    def __init__(self, config: Settings | None = None, *, event_shape: tuple[int, ...], **settings):
+        nn.Module.__init__(self)
+        Configured.__init__(self, config, **settings)
+        if len(event_shape) != 1:
+            raise ValueError(f"network 'set_operator' moves clouds of points (d,), not events {tuple(event_shape)}")
+        self.event_shape, (self.d,) = tuple(event_shape), event_shape
+        c, d = self.config, self.d
+        known = d + 1 + d * (d + 1) // 2 + c.on_tau
+        self.particle = perceptron(2 * d + known, c.width, 1, c.width, "silu")
+        self.induced = nn.Parameter(torch.randn(c.blocks + 1, c.tokens, c.width))
+        self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
+        self.scatter = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks))
+        self.affine = nn.Linear(c.width, d * (d + 1))
+        self.point = perceptron(2 * d + known, c.width, 1, c.width, "silu")
+        self.ask = Attention(c.width, c.heads)
+        self.head = perceptron(c.width, c.width, c.depth, d, "silu")
+        with torch.no_grad():
+            for parameter in (*self.affine.parameters(), *self.head[-1].parameters()):
+                parameter.zero_()
+
+    def context(self, particles: Tensor, tau: float) -> Context:
+        """The context of clouds (..., N, d) for a step of length ``tau``."""
+        mean = particles.mean(-2, keepdim=True)
+        away = particles - mean
+        scale = away.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
+        away = away / scale
+        rows, columns = torch.triu_indices(self.d, self.d)
+        covariance = (away.mT @ away / away.shape[-2])[..., rows, columns].unsqueeze(-2)
+        known = [mean, scale.log(), covariance]
+        if self.config.on_tau:
+            known.append(torch.full_like(scale, math.log(tau)))
+        known = torch.cat(known, -1)
+        h = self.particle(_beside(particles, away, known))
+        for level, gather in enumerate(self.gather):
+            tokens = gather(self.induced[level].expand(*h.shape[:-2], -1, -1), *gather.seen(h))
+            if level < len(self.scatter):
+                h = self.scatter[level](h, *self.scatter[level].seen(tokens))
+        affine = self.affine(tokens.mean(-2)).unflatten(-1, (self.d, self.d + 1))
+        return Context(
+            mean, scale, known, *self.ask.seen(tokens), affine[..., : self.d], affine[..., None, :, self.d], tau
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """T(x; mu), like x (..., n, d)."""
+        c = context
+        away = (x - c.mean) / c.scale
+        h = self.ask(self.point(_beside(x, away, c.known)), c.keys, c.values)
+        return x + c.tau * (away @ c.linear.mT + c.shift + self.head(h))
+
+    def with_jacobian(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """T(x; mu) (..., n, d) and DT (..., n, d, d) by d forward-mode derivatives, the context held fixed.
+
+        Raises ``ValueError`` above d = 3, where the determinant is not written out.
+        """
+        if self.d > LARGEST_JACOBIAN:
+            raise ValueError(f"log det DT is written out up to d = {LARGEST_JACOBIAN}; this operator has d = {self.d}")
+        columns = []
+        for k in range(self.d):
+            direction = torch.zeros_like(x)
+            direction[..., k] = 1.0
+            moved, column = torch.func.jvp(lambda y: self.forward(y, context), (x,), (direction,))
+            columns.append(column)
+        return moved, torch.stack(columns, -1)
+
+
+def _beside(x: Tensor, away: Tensor, known: Tensor) -> Tensor:
+    return torch.cat([x, away, known.expand(*x.shape[:-1], -1)], -1)
+
+
+def determinant(jacobian: Tensor) -> Tensor:
+    """det of (..., d, d), d <= 3, written out."""
+    a = jacobian.unbind(-1)
+    if len(a) == 1:
+        return a[0][..., 0]
+    if len(a) == 2:
+        return a[0][..., 0] * a[1][..., 1] - a[0][..., 1] * a[1][..., 0]
+    return (torch.linalg.cross(a[0], a[1]) * a[2]).sum(-1)
+
+
+def log_without_folds(det: Tensor, fold: float = FOLD) -> Tensor:
+    """log det where det > ``fold``; below, its tangent there, log fold + (det - fold) / fold.
+
+    So a map that folds (det <= 0) has a finite loss, a large one: the tangent is the penalty that drives it out.
+    """
+    return torch.where(det > fold, det.clamp_min(fold).log(), math.log(fold) + (det - fold) / fold)

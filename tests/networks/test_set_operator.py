@@ -1,0 +1,134 @@
+"""The set operator: a map of points that depends on a measure, and on nothing else of the cloud that stands for it."""
+
+import math
+
+import pytest
+import torch
+
+from gengrad.networks.set_operator import SetOperator, determinant, log_without_folds
+from gengrad.registry import NETWORKS, settings_of
+
+SMALL = {"width": 16, "tokens": 4, "heads": 2}
+
+
+def operator(d=2, seed=0, **settings):
+    """One whose heads are not zero, in float64, so that a difference is not rounding."""
+    torch.manual_seed(seed)
+    network = SetOperator(event_shape=(d,), **(SMALL | settings)).double()
+    torch.nn.init.normal_(network.affine.weight, std=0.3)
+    torch.nn.init.normal_(network.head[-1].weight, std=0.3)
+    return network
+
+
+def cloud(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_starts_at_the_identity():
+    network = SetOperator(event_shape=(2,), **SMALL)
+    x = torch.randn(7, 2)
+    assert torch.equal(network(x, network.context(x, 0.1)), x)
+
+
+def test_permuting_the_particles_permutes_what_becomes_of_them():
+    network, x = operator(), cloud(50, 2)
+    order = torch.randperm(50)
+    one, two = network(x, network.context(x, 0.1)), network(x[order], network.context(x[order], 0.1))
+    assert torch.allclose(one[order], two, atol=1e-12) and (one - x).abs().max() > 1e-3
+
+
+def test_duplicating_all_particles_does_not_change_the_map():
+    network, x, y = operator(), cloud(50, 2), cloud(9, 2, seed=2)
+    one, two = (network(y, network.context(z, 0.1)) for z in (x, torch.cat([x, x, x])))
+    assert torch.allclose(one, two, atol=1e-12)
+
+
+def test_duplicating_one_particle_does():
+    network, x, y = operator(), cloud(50, 2), cloud(9, 2, seed=2)
+    one, two = (network(y, network.context(z, 0.1)) for z in (x, torch.cat([x, x[:1]])))
+    assert (one - two).abs().max() > 1e-6
+
+
+def test_a_point_is_moved_alike_in_the_cloud_alone_or_off_it():
+    network, x = operator(), cloud(50, 2)
+    context = network.context(x, 0.1)
+    alone = torch.cat([network(point[None], context) for point in x])
+    assert torch.allclose(network(x, context), alone, atol=1e-12)
+
+
+def test_a_batch_of_clouds_is_each_cloud_by_itself():
+    network, x = operator(d=3), cloud(4, 20, 3)
+    together = network(x, network.context(x, 0.1))
+    alone = torch.stack([network(one, network.context(one, 0.1)) for one in x])
+    assert torch.allclose(together, alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_the_forward_mode_jacobian_is_autograds(d):
+    network, x, y = operator(d), cloud(30, d), cloud(5, d, seed=2)
+    context = network.context(x, 0.2)
+    moved, jacobian = network.with_jacobian(y, context)
+    truth = torch.stack([torch.autograd.functional.jacobian(lambda z: network(z[None], context)[0], z) for z in y])
+    assert torch.equal(moved, network(y, context))
+    assert torch.allclose(jacobian, truth, atol=1e-12)
+    assert torch.allclose(determinant(jacobian), torch.linalg.det(truth), atol=1e-12)
+
+
+def test_the_jacobian_can_be_descended():
+    network, x = operator(), cloud(30, 2)
+    _, jacobian = network.with_jacobian(x, network.context(x, 0.2))
+    determinant(jacobian).log().mean().backward()
+    assert network.induced.grad.abs().max() > 0  # also through the context
+
+
+def test_above_three_dimensions_there_is_no_log_det():
+    network = operator(d=4)
+    with pytest.raises(ValueError, match="up to d = 3"):
+        network.with_jacobian(cloud(5, 4), network.context(cloud(5, 4), 0.1))
+
+
+def test_a_fold_costs_a_finite_sum_and_its_slope_leads_out_of_it():
+    det = torch.tensor([2.0, 0.05, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
+    value = log_without_folds(det, fold=0.05)
+    assert torch.allclose(value[:2], det[:2].log())
+    assert value[2].item() == pytest.approx(math.log(0.05) - 1) and value[3].item() == pytest.approx(
+        math.log(0.05) - 21
+    )
+    (slope,) = torch.autograd.grad(value.sum(), det)
+    assert torch.allclose(slope, torch.tensor([0.5, 20.0, 20.0, 20.0], dtype=torch.float64))
+
+
+def test_only_with_on_tau_does_the_direction_depend_on_tau():
+    x = cloud(20, 2)
+    for on_tau in (False, True):
+        network = operator(on_tau=on_tau)
+        with torch.no_grad():
+            network.particle[0].weight[:, -1] += 1.0
+        g = [(network(x, network.context(x, tau)) - x) / tau for tau in (0.1, 0.2)]
+        assert torch.allclose(*g, atol=1e-12) is not on_tau
+
+
+def test_it_is_rebuilt_from_its_settings_and_takes_points_alone():
+    network = operator()
+    again = NETWORKS.build(settings_of(network), event_shape=(2,)).double()
+    again.load_state_dict(network.state_dict())
+    x = cloud(10, 2)
+    assert torch.equal(again(x, again.context(x, 0.1)), network(x, network.context(x, 0.1)))
+    with pytest.raises(ValueError, match="clouds of points"):
+        SetOperator(event_shape=(1, 8, 8))
+    with pytest.raises(ValueError, match="does not divide"):
+        SetOperator(event_shape=(2,), width=10, heads=4)
+
+
+def test_a_few_hundred_steps_of_descent_learn_a_map_that_depends_on_the_measure():
+    """T(x; mu) = mean of mu: no map of x alone comes near it."""
+    torch.manual_seed(0)
+    network = SetOperator(event_shape=(1,), **SMALL)
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for _ in range(200):
+        x = torch.randn(16, 1, 1) + 0.5 * torch.randn(16, 32, 1)
+        loss = (network(x, network.context(x, 1.0)) - x.mean(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02  # of 0.25, the variance within a cloud

@@ -1,0 +1,96 @@
+"""Families of densities: what is sampled has the log density that is handed out with it."""
+
+import math
+
+import pytest
+import torch
+
+from gengrad.data.families import clouds, points_of_the_cube, read_families
+from gengrad.registry import FAMILIES
+
+CASES = [(name, d) for name in FAMILIES for d in (1, 2, 3)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def grid(low, high, cells, d):
+    line = low + (high - low) * (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+    return torch.cartesian_prod(*[line] * d).view(-1, d), ((high - low) / cells) ** d
+
+
+@pytest.mark.parametrize(("name", "d"), CASES)
+def test_the_density_has_mass_one(name, d):
+    members = FAMILIES.build({"name": name, "reach": 0.5, "smallest": 0.5, "largest": 0.8}).members(3, d, generator())
+    x, cell = grid(-4.6, 4.6, {1: 20_000, 2: 500, 3: 110}[d], d)
+    mass = members.log_density(x.expand(3, -1, -1)).exp().sum(1) * cell
+    # cells that a sharp edge cuts: a share of their number along the edge, 2 % in space
+    assert torch.allclose(mass, torch.ones(3, dtype=torch.float64), atol={1: 1e-3, 2: 6e-3, 3: 3e-2}[d])
+
+
+@pytest.mark.parametrize(("name", "d"), CASES)
+def test_the_samples_have_that_density(name, d):
+    """E cos(w x) over the samples and by the density on a grid: characteristic functions tell laws apart."""
+    members = FAMILIES.build({"name": name, "reach": 0.5, "smallest": 0.5, "largest": 0.8}).members(2, d, generator())
+    x = members.push(points_of_the_cube(2, 16_384, d + members.spare, generator(1)))
+    points, cell = grid(-4.6, 4.6, {1: 20_000, 2: 500, 3: 110}[d], d)
+    rho = members.log_density(points.expand(2, -1, -1)).exp() * cell
+    for w in (torch.full((d,), 1.0), torch.arange(1, d + 1).double(), torch.full((d,), -2.5)):
+        w = w.double()
+        sampled, there = (x @ w + 0.3).cos().mean(1), (rho * (points @ w + 0.3).cos()).sum(1)
+        assert torch.allclose(sampled, there, atol={1: 2e-3, 2: 8e-3, 3: 3e-2}[d])  # the edges again
+
+
+@pytest.mark.parametrize(("name", "d"), CASES)
+def test_every_sample_lies_where_its_density_is_positive(name, d):
+    x, log_rho = clouds([{"name": name}], 4, 256, d, generator())
+    assert x.shape == (4, 256, d) and log_rho.shape == (4, 256)
+    assert x.isfinite().all() and log_rho.isfinite().all()
+
+
+def test_the_log_density_of_a_gaussian_is_its_closed_form():
+    members = FAMILIES.build({"name": "gaussians"}).members(2, 2, generator())
+    x = torch.randn(2, 5, 2, dtype=torch.float64)
+    for k in range(2):
+        factor = members.factors[k, 0]
+        law = torch.distributions.MultivariateNormal(members.means[k, 0], scale_tril=factor)
+        assert torch.allclose(members.log_density(x)[k], law.log_prob(x[k]), atol=1e-10)
+
+
+def test_even_points_estimate_a_mean_far_better_than_independent_ones():
+    errors = {}
+    for even in (True, False):
+        u = points_of_the_cube(200, 256, 2, generator(), even)
+        errors[even] = float((u.square().sum(-1).mean(1) - 2 / 3).square().mean().sqrt())
+    assert errors[False] == pytest.approx(math.sqrt(2 * 4 / 45 / 256), rel=0.2)  # of 200 clouds
+    assert errors[True] < errors[False] / 10
+
+
+def test_clouds_are_a_function_of_the_generator_and_all_families_come():
+    families = read_families(["gaussians", {"name": "boxes", "reach": 0}])
+    one, two = (clouds(families, 64, 32, 2, generator(3))[0] for _ in range(2))
+    assert torch.equal(one, two)
+    centred = (one.mean(1).abs().amax(1) < 0.35).double().mean()  # boxes lie at the origin
+    assert 0.35 < centred < 0.75
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("gausians", "Did you mean 'gaussians'"),
+        ([], "at least one family"),
+        ({"name": "boxes", "smallest": 2.0, "largest": 1.0}, "smallest=2 is above largest=1"),
+        ({"name": "boxes", "reach": -1.0}, "reach: .*greater than or equal to 0"),
+        ({"reach": 1.0}, "a family's name, one of"),
+    ],
+)
+def test_a_family_that_cannot_be_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        read_families(given)
+
+
+@pytest.mark.parametrize("name", ["annuli", "barenblatts"])
+def test_round_families_are_refused_above_three_dimensions(name):
+    with pytest.raises(ValueError, match="d <= 3"):
+        clouds([{"name": name}], 1, 8, 4, generator())

@@ -4,14 +4,17 @@ from gengrad.flows.cloud import ParticleCloud
 from gengrad.flows.flow import Flow, Samples, load
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.monotone import MonotoneTransport
+from gengrad.flows.operator import Evolution, OperatorTransport
 from gengrad.flows.particles import ParticleFlow, particle_flow
 from gengrad.flows.phased import PhasedTransport
 from gengrad.flows.transports import PlanTransport, Transport, VelocityTransport
 
 __all__ = [
+    "Evolution",
     "Flow",
     "GradientTransport",
     "MonotoneTransport",
+    "OperatorTransport",
     "ParticleCloud",
     "ParticleFlow",
     "PhasedTransport",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
 from gengrad.data.draws import Keyed, draw, draw_labels
-from gengrad.flows import asked, densities
+from gengrad.flows import asked, densities, operator
 from gengrad.flows.metering import counting, solved_by
 from gengrad.flows.stored import read_stored, write_stored
 from gengrad.flows.transports import Condition, Transport, transport_from
@@ -239,6 +239,21 @@ class Flow(nn.Module):
         if step is not None and not 0 <= step <= count:
             raise ValueError(f"step={step} is not between 0 and the flow's {count} transports")
         return count if step is None else step
+
+    # ---------------------------------------------------------------- clouds of the user's, for a learned operator
+
+    def step(self, points: Tensor, tau: float | None = None) -> Tensor:
+        """One step of the learned operator on a cloud (n, d), or on each of many (clouds, n, d), of any n."""
+        return operator.step(self, points, tau)
+
+    def evolve(self, points: Tensor, n_steps: int, **options) -> operator.Evolution:
+        """``n_steps`` steps of the learned operator on a cloud (n, d), with energies and, where given, densities.
+
+        ``log_density``: log rho at the points (n,), or what has ``log_density(x)``; ``energies``: None (where known),
+        True (``ValueError`` where not), False; ``tau``: where trained for several. Raises ``ValueError`` for what is
+        no cloud of this space, and warns of one far outside of the training family.
+        """
+        return operator.evolve(self, points, n_steps, **options)
 
     # ---------------------------------------------------------------- saving
 

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ValidationError
 from torch import Tensor
 
 from gengrad.functionals.base import Density, Functional, Sum, velocity_of
+from gengrad.functionals.interaction import InteractionEnergy
 from gengrad.registry import FUNCTIONALS
 
 
@@ -98,6 +99,12 @@ def needs_density(terms: list[dict]) -> bool:
     return any(getattr(FUNCTIONALS.get(term["name"]), "needs_density", False) for term in terms) or takes(
         terms, "density"
     )
+
+
+def has_pairs(functional: Functional) -> bool:
+    """Whether the functional's cost grows with the square of the number of particles."""
+    terms = functional.terms if isinstance(functional, Sum) else [(1.0, functional)]
+    return any(isinstance(term, InteractionEnergy) or term.takes == "samples" for _, term in terms)
 
 
 def gradient_of(functional: Functional, x: Tensor, density: Density | None) -> Tensor:

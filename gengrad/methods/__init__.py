@@ -4,6 +4,7 @@ from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.flow_matching import FlowMatching
 from gengrad.methods.jko_filter import JKOFilter
 from gengrad.methods.jko_icnn import JKOICNN
+from gengrad.methods.jko_operator import JKOOperator
 from gengrad.methods.nsgf import NSGF
 from gengrad.methods.nsgf_pp import NSGFPlusPlus
 from gengrad.methods.particles import Particles
@@ -18,6 +19,7 @@ __all__ = [
     "NSGF",
     "FlowMatching",
     "JKOFilter",
+    "JKOOperator",
     "Method",
     "NSGFPlusPlus",
     "Part",

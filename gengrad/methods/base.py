@@ -70,6 +70,7 @@ class Stage(ABC):
     name: str
     steps: int
     networks: dict[str, nn.Module]
+    averages: dict[str, nn.Module]  # their averaged weights, which the fitter puts here
     replaces = False  # whether its transport has taken in the flow's last one and stands in its place
 
     @abstractmethod

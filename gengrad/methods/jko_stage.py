@@ -15,8 +15,7 @@ from gengrad.flows.density_cloud import Cloud, pushed_density
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Density, Functional
-from gengrad.functionals.expression import gradient_of
-from gengrad.functionals.interaction import InteractionEnergy
+from gengrad.functionals.expression import gradient_of, has_pairs
 from gengrad.methods.base import Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem, NoMinimumError, solve_affine
 from gengrad.networks.curvature import EXACT
@@ -42,7 +41,7 @@ class JKOStage(Stage):
         self.name = f"step_{k + 1}"
         self.functional_of, functional = functional_of, functional_of(problem.target)
         self.jko = JKOProblem(functional, config.tau)
-        self.pairs = _has_pairs(functional)
+        self.pairs = has_pairs(functional)
         self.probes = cloud.first(PAIRS if self.pairs else PROBES)
         network = problem.make_network() if before is None else copy.deepcopy(before)
         network = network.to(problem.device).train().requires_grad_(True)
@@ -242,9 +241,3 @@ def steps_of(k: int, count: int, total: int) -> int:
 def _is_singular(functional: Functional) -> bool:
     terms = functional.terms if hasattr(functional, "terms") else [(1.0, functional)]
     return any(getattr(term, "singular", False) for _, term in terms)
-
-
-def _has_pairs(functional: Functional) -> bool:
-    """Whether the functional's cost grows with the square of the number of particles."""
-    terms = functional.terms if hasattr(functional, "terms") else [(1.0, functional)]
-    return any(isinstance(term, InteractionEnergy) or term.takes == "samples" for _, term in terms)

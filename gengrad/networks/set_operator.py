@@ -51,13 +51,45 @@ class Attention(nn.Module):
         return self._split(self.key(z)), self._split(self.value(z))
 
     def forward(self, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        query = self._split(self.query(h))
-        weights = torch.softmax(query @ keys.mT / math.sqrt(query.shape[-1]), dim=-1)
-        h = h + self.out((weights @ values).transpose(-3, -2).flatten(-2))
+        query = self._split(self.query(h)) / math.sqrt(keys.shape[-1])
+        h = h + self.out(self._joined(_weights(query, keys) @ values))
         return h + self.then(h)
+
+    def dual(self, h: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` and its derivative along v (directions, *h.shape), keys and values held fixed."""
+        query = self._split(self.query(h)) / math.sqrt(keys.shape[-1])
+        slope = self._split(v @ self.query.weight.mT) / math.sqrt(keys.shape[-1])
+        weights = _weights(query, keys)
+        change = slope @ keys.mT
+        change = weights * (change - (weights * change).sum(-1, keepdim=True))
+        h = h + self.out(self._joined(weights @ values))
+        v = v + self._joined(change @ values) @ self.out.weight.mT
+        then, slope = dual(self.then, h, v)
+        return h + then, v + slope
 
     def _split(self, z: Tensor) -> Tensor:
         return z.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+    def _joined(self, z: Tensor) -> Tensor:
+        return z.transpose(-3, -2).flatten(-2)
+
+
+def _weights(query: Tensor, keys: Tensor) -> Tensor:
+    """softmax over the keys of query keys', (..., n, m); along the longer axis, where a CPU is several times faster."""
+    if keys.shape[-2] < query.shape[-2]:
+        return torch.softmax(keys @ query.mT, dim=-2).mT
+    return torch.softmax(query @ keys.mT, dim=-1)
+
+
+def dual(layers: nn.Sequential, h: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A perceptron of linear layers and SiLU at h, and its derivative along v (directions, *h.shape)."""
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            h, v = layer(h), v @ layer.weight.mT
+        else:
+            share = torch.sigmoid(h)
+            h, v = h * share, v * (share * (1 + h * (1 - share)))
+    return h, v
 
 
 @NETWORKS.register("set_operator")
@@ -129,27 +161,36 @@ class SetOperator(nn.Module, Configured):
             mean, scale, known, *self.ask.seen(tokens), affine[..., : self.d], affine[..., None, :, self.d], tau
         )
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """T(x; mu), like x (..., n, d)."""
+    def forward(
+        self, x: Tensor, measure: Context | Tensor, tau: float | None = None, jacobian: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """T(x; mu), like x (..., n, d); with ``jacobian`` also DT (..., n, d, d). ``measure``: mu as a context, or as
+
+        a cloud (..., N, d) with ``tau``. DT comes of d forward-mode derivatives with the context held fixed; raises
+        ``ValueError`` above d = 3, where its determinant is not written out.
+        """
+        context = measure if isinstance(measure, Context) else self.context(measure, tau)
+        return self._jacobian(x, context) if jacobian else self._moved(x, context)
+
+    def _moved(self, x: Tensor, context: Context) -> Tensor:
         c = context
         away = (x - c.mean) / c.scale
         h = self.ask(self.point(_beside(x, away, c.known)), c.keys, c.values)
         return x + c.tau * (away @ c.linear.mT + c.shift + self.head(h))
 
-    def with_jacobian(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """T(x; mu) (..., n, d) and DT (..., n, d, d) by d forward-mode derivatives, the context held fixed.
-
-        Raises ``ValueError`` above d = 3, where the determinant is not written out.
-        """
+    def _jacobian(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if self.d > LARGEST_JACOBIAN:
             raise ValueError(f"log det DT is written out up to d = {LARGEST_JACOBIAN}; this operator has d = {self.d}")
-        columns = []
-        for k in range(self.d):
-            direction = torch.zeros_like(x)
-            direction[..., k] = 1.0
-            moved, column = torch.func.jvp(lambda y: self.forward(y, context), (x,), (direction,))
-            columns.append(column)
-        return moved, torch.stack(columns, -1)
+        c, d = context, self.d
+        away = (x - c.mean) / c.scale
+        along = torch.eye(d, dtype=x.dtype, device=x.device).view(d, *[1] * (x.dim() - 1), d)  # of x, of away
+        weight = self.point[0].weight
+        h, v = self.point[0](_beside(x, away, c.known)), along @ (weight[:, :d] + weight[:, d : 2 * d] / c.scale).mT
+        h, v = dual(self.point[1:], h, v.expand(d, *h.shape))
+        h, v = dual(self.head, *self.ask.dual(h, v, c.keys, c.values))
+        moved = x + c.tau * (away @ c.linear.mT + c.shift + h)
+        columns = along + c.tau * (along @ c.linear.mT / c.scale + v)
+        return moved, columns.movedim(0, -1)
 
 
 def _beside(x: Tensor, away: Tensor, known: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Fitter:
         for network in stage.networks.values():
             network.to(device)
         self.ema = EMA(stage.networks, settings.ema_share * stage.steps)
+        stage.averages = self.ema.networks
         self.networks: dict[str, nn.Module] = {
             name: run.accelerator.prepare(network) for name, network in stage.networks.items()
         }

@@ -9,7 +9,7 @@ from gengrad.data.draws import generator_for
 from gengrad.flows import Flow
 from gengrad.methods import NSGF, FlowMatching, Part, Problem
 from gengrad.methods.nsgf import stratified
-from gengrad.networks import ICNN, MLP, Plan
+from gengrad.networks import ICNN, MLP, Plan, SetOperator
 from gengrad.registry import DATASETS, METHODS
 
 # what makes a method's trial short; another runs with its defaults
@@ -22,8 +22,10 @@ SMALLER = {
 }
 SMALLER["nsgf_pp"] = SMALLER["nsgf"]
 SMALLER["jko_icnn"] = {"jko_steps": 2, "cloud": 128}
+SMALLER["jko_operator"] = {"jko_steps": 2, "particles": 32, "anchors": 64, "buffer": 16}
 # the network that a method asks for
 NETWORK = {"velocity": ("mlp", MLP), "plan": ("plan", Plan), "nothing": ("mlp", MLP), "potential": ("icnn", ICNN)}
+NETWORK["operator"] = ("set_operator", SetOperator)
 OF_THE_PLANE = [name for name in METHODS if name != "jko_filter"]  # that one is of the line
 LEARNED = [name for name in OF_THE_PLANE if METHODS.get(name).learns != "nothing"]
 

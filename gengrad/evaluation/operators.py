@@ -1,0 +1,89 @@
+"""A learned operator judged step by step: against closed forms of the implicit step, or a solver on the line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gengrad.data.base import Distribution
+from gengrad.evaluation.line import Line, carried, implicit_step
+from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
+from gengrad.flows.operator import OperatorTransport, energies_of, push
+from gengrad.functionals.base import Functional
+from gengrad.ot import bures_map
+
+State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them
+Reference = Callable[[int], State]  # step -> the state that exact implicit steps lead to, from the same points
+
+
+def reference_of(method: dict, functional: Functional, law: Distribution, x: Tensor, log_rho: Tensor) -> Reference:
+    """Where exact implicit steps bring the points x (n, d) of ``law``; raises ``ValueError`` where nothing is known.
+
+    Gaussians under quadratic potentials and entropy, profiles that keep their shape: closed forms. On the line any
+    density under potential and internal energies: ``implicit_step``.
+    """
+    truth = truth_of_flow(method, law)
+    if isinstance(truth, GaussianTruth):
+        return lambda k: _affine(*bures_map(*truth.implicit(0), *truth.implicit(k)), x, log_rho)
+    if isinstance(truth, RadialTruth):
+        eye = torch.eye(x.shape[1], dtype=torch.float64)
+        return lambda k: _affine(eye * truth.implicit(k) / truth.implicit(0), torch.zeros(1).double(), x, log_rho)
+    if x.shape[1] > 1:
+        raise ValueError("no reference is known here: neither a closed form nor a density on the line")
+    return on_the_line(functional, method["tau"], law.log_density, x, log_rho)
+
+
+def on_the_line(
+    functional: Functional, tau: float, log_density: Callable[[Tensor], Tensor], x: Tensor, log_rho: Tensor
+) -> Reference:
+    """The reference by the solver on the line, each step solved when it is first asked for."""
+    reach = 2 * float(x.abs().max()) + 1
+    lines = [Line.of(log_density, -reach, reach)]
+
+    def state(k: int) -> State:
+        while len(lines) <= k:
+            lines.append(implicit_step(functional, lines[-1], tau))
+        return carried(lines[0], lines[k], x, log_rho)
+
+    return state
+
+
+def _affine(q: Tensor, b: Tensor, x: Tensor, log_rho: Tensor | None) -> State:
+    log_rho = None if log_rho is None else log_rho.double() - torch.linalg.slogdet(q).logabsdet
+    return x.double() @ q.mT + b, log_rho
+
+
+def judge_rollout(
+    transport: OperatorTransport, functional: Functional, x: Tensor, log_rho: Tensor | None, steps: int,
+    reference: Reference | None = None, particles: Tensor | None = None,
+) -> list[dict]:  # fmt: skip
+    """One row a step of a rollout from x (n, d), the context from ``particles`` (default: x).
+
+    ``energy``, and where there is a reference ``energy_implicit``; ``gap``: their difference as a share of what the
+    reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, which is at least W2; ``moved``:
+    the reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step.
+    """
+    seen, needs = x if particles is None else particles, functional.needs_density
+    state, rows = (x, log_rho if needs else None), []
+
+    def energy(state: State) -> float:
+        return float(energies_of(functional, state[0][None], None if not needs else state[1][None])[0])
+
+    start = before = energy(state)
+    for k in range(1, steps + 1):
+        after = push(transport.network, state[0], transport.tau, state[1], seen)
+        seen, state = push(transport.network, seen, transport.tau)[0], after
+        row = {"step": k, "time": k * transport.tau, "energy_before": before, "energy": energy(state)}
+        row["rose"] = not row["energy"] <= before + 1e-6 * (1 + abs(before))
+        if reference is not None:
+            truth = reference(k)
+            row["energy_implicit"] = energy(truth)
+            row["gap"] = (row["energy"] - row["energy_implicit"]) / max(start - row["energy_implicit"], 1e-12)
+            row["w2"] = float((state[0].double() - truth[0]).square().sum(1).mean().sqrt())
+            row["moved"] = float((x.double() - truth[0]).square().sum(1).mean().sqrt())
+            row["share"] = row["w2"] / max(row["moved"], 1e-12)
+        before = row["energy"]
+        rows.append(row)
+    return rows

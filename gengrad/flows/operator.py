@@ -1,0 +1,287 @@
+"""A learned JKO operator as a transport, and on clouds of the user's: one step, or many with energies and densities."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gengrad.flows.asked import whole
+from gengrad.flows.transports import KINDS, Noise, Transport
+from gengrad.functionals.base import Density, Functional
+from gengrad.functionals.expression import build_expression, has_pairs
+from gengrad.networks.set_operator import determinant
+from gengrad.registry import DATASETS, NETWORKS, settings_of
+
+if TYPE_CHECKING:
+    from gengrad.flows.flow import Flow
+
+PAIRS = 4096  # particles whose energy is taken where every one meets every other
+FAR = 0.25  # of the width of the training family outside of it from which on a warning is given
+
+
+class OperatorTransport(Transport):
+    """x <- T(x; mu_k) = x + tau g(x, context(mu_k)), k = 0 .. K - 1; one network evaluation a step.
+
+    Samples of the flow follow ``anchors`` (K, n, d): the measures mu_k as clouds that the operator itself has moved, the
+    same for all samples, so that sample i does not depend on the batch that it comes in. ``terms``, ``data`` and
+    ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
+    the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``.
+    """
+
+    kind = "operator"
+
+    def __init__(
+        self, network: nn.Module, anchors: Tensor, samples: Tensor, tau: float, terms: list[dict],
+        data: dict | None = None, family: dict | None = None, taus: list[float] | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.network, self.tau, self.terms, self.data = network, tau, terms, data
+        self.family, self.taus = family, taus
+        self.register_buffer("anchors", anchors)
+        self.register_buffer("samples", samples)
+
+    def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
+        for k in range(self.cost(nfe)):
+            x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau))
+            yield x
+
+    def cost(self, nfe: int | None = None) -> int:
+        """One evaluation a step, all of its steps, whatever ``nfe`` allows above that."""
+        if nfe is not None and nfe < len(self.anchors):
+            raise ValueError(f"this flow makes {len(self.anchors)} steps, one network evaluation each; nfe={nfe} is less")
+        return len(self.anchors)
+
+    def functional(self) -> Functional:
+        target = DATASETS.build(self.data) if self.data else None
+        return build_expression(self.terms, target, self.samples if len(self.samples) else None)
+
+    def describe(self) -> dict:
+        shapes = {"anchors": list(self.anchors.shape), "samples": list(self.samples.shape)}
+        settings = {name: getattr(self, name) for name in ("tau", "terms", "data", "family", "taus")}
+        about = {"network": settings_of(self.network), "event_shape": list(self.network.event_shape)}
+        return {"kind": self.kind, **about, **shapes, **settings}
+
+    @classmethod
+    def rebuild(cls, description: dict) -> OperatorTransport:
+        network = NETWORKS.build(description["network"], event_shape=tuple(description["event_shape"]))
+        empty = [torch.zeros(description[name]) for name in ("anchors", "samples")]
+        return cls(network, *empty, *(description[name] for name in ("tau", "terms", "data", "family", "taus")))
+
+
+KINDS[OperatorTransport.kind] = OperatorTransport
+
+
+@torch.no_grad()
+def push(
+    network: nn.Module, x: Tensor, tau: float, log_rho: Tensor | None = None, particles: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(T x, log rho'(T x)) for x (..., n, d), the context that of ``particles`` (default: x itself).
+
+    log rho'(T x) = log rho(x) - log det DT(x); NaN where the map folds, det DT <= 0. Without ``log_rho`` no determinant.
+    """
+    context = network.context(x if particles is None else particles, tau)
+    if log_rho is None:
+        return network(x, context), None
+    moved, jacobian = network(x, context, jacobian=True)
+    return moved, log_rho - determinant(jacobian).log()
+
+
+@torch.no_grad()
+def rollout(network: nn.Module, x: Tensor, tau: float, steps: int) -> Tensor:
+    """(steps + 1, ..., n, d): the cloud x and what the operator makes of it."""
+    states = [x]
+    for _ in range(steps):
+        states.append(push(network, states[-1], tau)[0])
+    return torch.stack(states)
+
+
+def energies_of(functional: Functional, x: Tensor, log_rho: Tensor | None) -> Tensor:
+    """F of each cloud of x (clouds, n, d), float64 (clouds,); ``log_rho`` (clouds, n) where F needs a density."""
+    values = [
+        functional(cloud, Density(log_rho[k]) if functional.needs_density else None) for k, cloud in enumerate(x)
+    ]
+    return torch.stack(values).double().cpu()
+
+
+def features(x: Tensor) -> Tensor:
+    """What tells clouds apart coarsely, (..., n, d) -> (..., 2 d + 1), float64 on the CPU.
+
+    The mean, the logarithms of the principal standard deviations, that of the kurtosis E|y|^4 / (E|y|^2)^2.
+    """
+    x = x.double().cpu()
+    mean = x.mean(-2)
+    away = x - mean[..., None, :]
+    variances = torch.linalg.eigvalsh(away.mT @ away / x.shape[-2]).clamp_min(1e-300)
+    squared = away.square().sum(-1)
+    kurtosis = squared.square().mean(-1) / squared.mean(-1).square().clamp_min(1e-300)
+    return torch.cat([mean, variances.log() / 2, kurtosis.clamp_min(1e-300).log()[..., None]], -1)
+
+
+def family_of(x: Tensor) -> dict:
+    """The range of the features of the clouds (clouds, n, d)."""
+    found = features(x)
+    return {"low": found.amin(0).tolist(), "high": found.amax(0).tolist()}
+
+
+def outside(family: dict, x: Tensor) -> tuple[float, str]:
+    """(how far the cloud x (n, d) lies outside of the family, in widths of it; what lies outside): 0 within."""
+    low, high = (torch.tensor(family[name], dtype=torch.float64) for name in ("low", "high"))
+    found, d = features(x), x.shape[-1]
+    beyond = torch.maximum(low - found, found - high).clamp_min(0) / (high - low).clamp_min(0.2)
+    worst = int(beyond.argmax())
+    name = f"mean {worst + 1}" if worst < d else "standard deviation" if worst < 2 * d else "kurtosis"
+    values = [float(v[worst]) if worst < d else float(v[worst].exp()) for v in (found, low, high)]
+    return float(beyond.max()), f"{name} {values[0]:.3g}, in training {values[1]:.3g} to {values[2]:.3g}"
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """A cloud on its way under an operator.
+
+    ``states`` (steps + 1, n, d) with the start; ``times`` (steps + 1,) flow times; ``energies`` (steps + 1,) and
+    ``log_density`` (steps + 1, n), None where they are not known; ``outside``: how far the start lay outside of the
+    training family, in widths of it; ``folded``: the share of points at which the map folded in any step, whose
+    densities are NaN from there on (None without densities); ``nfe``: network evaluations a point.
+    """
+
+    states: Tensor
+    times: Tensor
+    energies: Tensor | None
+    log_density: Tensor | None
+    outside: float
+    folded: float | None
+    nfe: int
+    seconds: float
+
+    @property
+    def x(self) -> Tensor:
+        """The cloud at the end, (n, d)."""
+        return self.states[-1]
+
+
+def step(flow: Flow, points: Tensor, tau: float | None = None) -> Tensor:
+    """One step of the flow's operator on a cloud (n, d), or on each of many (clouds, n, d), of any size."""
+    transport = operator_of(flow)
+    tau, x = _tau(transport, tau), _checked(flow, points)
+    with torch.inference_mode():
+        return _restored(flow, push(transport.network, x, tau)[0]).cpu()
+
+
+def evolve(
+    flow: Flow, points: Tensor, n_steps: int, *, tau: float | None = None, log_density: object = None,
+    energies: bool | None = None,
+) -> Evolution:  # fmt: skip
+    """``n_steps`` steps of the flow's operator on a cloud (n, d); ``Flow.evolve`` says what it takes and raises."""
+    transport, started = operator_of(flow), time.perf_counter()
+    whole("n_steps", n_steps, "the number of JKO steps", least=1)
+    tau, x = _tau(transport, tau), _checked(flow, points)
+    if x.dim() != 2:
+        raise ValueError(f"evolve takes one cloud (n, d); got {tuple(points.shape)}. step() takes many clouds at once")
+    log_rho, functional = _density(flow, points, x, log_density), transport.functional()
+    if energies and functional.needs_density and log_rho is None:
+        raise ValueError(
+            "this operator's energy needs a density, which a cloud of points does not have: give log_density= (a tensor "
+            "(n,) of log rho at the points, or whatever has log_density(x)), or leave energies out"
+        )
+    known = log_rho is not None or not functional.needs_density
+    states, densities, values, rest = [x], [log_rho], [], functional.needs_density
+    for _ in range(n_steps):
+        moved, log_rho = push(transport.network, states[-1], tau, log_rho)
+        states.append(moved)
+        densities.append(log_rho)
+    if known and energies is not False:
+        most = PAIRS if has_pairs(functional) else len(x)
+        rows = [slice(0, most)] * len(states)
+        if rest:  # the energy of a fold would be NaN: it is taken over the points whose density is known at the end
+            rows = [densities[-1].isfinite().nonzero()[:, 0][:most]] * len(states)
+        with torch.no_grad():
+            values = [energies_of(functional, s[None, r], l[None, r] if rest else None)
+                      for s, l, r in zip(states, densities, rows)]  # fmt: skip
+    volume = 0.0 if flow.units is None else x.shape[1] * torch.tensor(flow.units[1]).log().item()
+    carried = log_rho is not None
+    return Evolution(
+        states=_restored(flow, torch.stack(states)).cpu(),
+        times=tau * torch.arange(n_steps + 1),
+        energies=torch.cat(values) if values else None,
+        log_density=torch.stack(densities).cpu() - volume if carried else None,
+        outside=_measured(transport, x),
+        folded=float((~log_rho.isfinite()).double().mean()) if carried else None,
+        nfe=n_steps,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def operator_of(flow: Flow) -> OperatorTransport:
+    """The flow's operator; raises ``ValueError`` where it has none."""
+    found = [t for t in flow.transports if isinstance(t, OperatorTransport)]
+    if not found:
+        raise ValueError("this flow holds no operator, so it has no steps for clouds of yours; method jko_operator has")
+    return found[0]
+
+
+def _tau(transport: OperatorTransport, tau: float | None) -> float:
+    if tau is None or tau == transport.tau:
+        return transport.tau
+    if transport.taus is None:
+        raise ValueError(
+            f"this operator was trained for steps of tau={transport.tau:g} alone, not {tau:g}; train with method.taus "
+            "and network.on_tau=true for others"
+        )
+    low, high = transport.taus
+    if not low <= tau <= high:
+        raise ValueError(f"tau={tau:g} is outside of {low:g} to {high:g}, which this operator was trained for")
+    return float(tau)
+
+
+def _checked(flow: Flow, points: Tensor) -> Tensor:
+    """The points as the network takes them; raises ``ValueError`` for what is no cloud of the flow's space."""
+    (d,) = flow.event_shape
+    if not isinstance(points, Tensor) or points.dim() not in (2, 3) or points.shape[-1] != d:
+        found = tuple(points.shape) if isinstance(points, Tensor) else f"a {type(points).__name__}"
+        raise ValueError(f"this operator moves clouds of points of shape (n, {d}); got {found}")
+    if points.shape[-2] < 2:
+        raise ValueError(f"an operator moves a measure, and {points.shape[-2]} points are none; give at least 2")
+    if points.is_complex() or not bool(points.isfinite().all()):
+        bad = int((~points.isfinite()).any(-1).sum())
+        raise ValueError(f"{bad} of the points are not finite; leave them out")
+    if bool((points == points[..., :1, :]).all(-1).all(-1).any()):
+        raise ValueError("all points are identical: an atom of mass, which no map can spread; give points that differ")
+    x = points.to(flow.device, torch.get_default_dtype() if not points.is_floating_point() else points.dtype)
+    x = x.to(next(flow.parameters()).dtype)
+    return x if flow.units is None else (x - flow.units[0].to(x)) / flow.units[1]
+
+
+def _restored(flow: Flow, x: Tensor) -> Tensor:
+    return x if flow.units is None else flow.units[0].to(x) + flow.units[1] * x
+
+
+def _density(flow: Flow, points: Tensor, x: Tensor, given: object) -> Tensor | None:
+    """log rho (n,) at the points in the network's units, from a tensor or from what has a log density."""
+    if given is None:
+        return None
+    value = given.log_density(points) if hasattr(given, "log_density") else given
+    if not isinstance(value, Tensor) or value.shape != points.shape[:1] or not bool(value.isfinite().all()):
+        found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"log_density must be finite and of shape ({len(points)},), one for each point; got {found}")
+    volume = 0.0 if flow.units is None else x.shape[1] * torch.tensor(flow.units[1]).log().item()
+    return value.to(x) + volume
+
+
+def _measured(transport: OperatorTransport, x: Tensor) -> float:
+    """How far the cloud is outside of the training family; a warning where it is far."""
+    if transport.family is None:
+        return 0.0
+    distance, what = outside(transport.family, x)
+    if distance > FAR:
+        warnings.warn(
+            f"the cloud lies {distance:.2g} widths of the training family outside of it ({what}): the operator was not "
+            "trained there",
+            stacklevel=4,
+        )
+    return distance

@@ -1,0 +1,212 @@
+"""A learned JKO operator: one network that takes a measure to its next JKO step, trained on the step's own objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from pydantic import AliasChoices, Field, model_validator
+from torch import Tensor, nn
+
+from gengrad.data.base import Distribution
+from gengrad.data.draws import draw, generator_for
+from gengrad.data.families import Families, clouds
+from gengrad.flows.density_cloud import matched
+from gengrad.flows.flow import Flow
+from gengrad.flows.operator import OperatorTransport, energies_of, family_of, push, rollout
+from gengrad.flows.transports import Transport
+from gengrad.functionals.expression import Expression, build_expression, has_pairs, needs_density, takes
+from gengrad.methods.base import Method, Part, Problem, Stage
+from gengrad.methods.jko_affine import JKOProblem
+from gengrad.methods.state_buffer import StateBuffer
+from gengrad.networks.set_operator import LARGEST_JACOBIAN, determinant, log_without_folds
+from gengrad.registry import METHODS, Settings, settings_of
+
+SEEN = 256  # fresh measures by which the range of the training family is told
+EVERY = 8  # optimiser steps between two pushes of a part of the buffer
+
+
+@METHODS.register("jko_operator")
+class JKOOperator(Method):
+    """min over theta of E_mu [E |T x - x|^2 / (2 tau) + F(T_# mu)], T x = x + tau g(x; mu), over measures mu
+
+    that are initial ones, or what the operator has made of them so far (Learn to Evolve, arXiv 2601.05583): no solved
+    trajectory is needed. Of the paper's abstract: one network from measure to minimiser, the JKO objective as the
+    loss, and updates in turn with trajectories of the current operator. The rest is ours: the network, the buffer
+    and its rules, the densities carried along. ``docs/operator.md`` says which.
+
+    A measure is a cloud of ``particles`` that the context sees and as many others on which the objective is taken.
+    """
+
+    learns = "operator"
+
+    class Config(Settings):
+        functional: Expression = Field([{"name": "kl", "weight": 1.0}], validate_default=True)
+        tau: float = Field(0.1, gt=0)
+        # the horizon: how many steps a rollout is trained for, and the flow makes
+        jko_steps: int = Field(10, ge=1, validation_alias=AliasChoices("jko_steps", "flow_steps"))
+        initial: Families = Field(["gaussians", "mixtures"], validate_default=True)
+        particles: int = Field(256, ge=4)
+        anchors: int = Field(1024, ge=4)  # particles of the source that the flow's samples follow
+        buffer: int = Field(128, ge=1)  # states that the operator has moved; 0 ages where rollout is false
+        fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
+        curriculum: float = Field(0.4, ge=0, le=1)  # share of the training over which the horizon grows from 1
+        rollout: bool = True  # false: initial measures alone, the ablation of the paper
+        average: bool = True  # states are moved by the averaged weights; false: by the current ones
+        taus: list[float] | None = None  # [least, largest] tau to train for, drawn evenly in the logarithm
+        target_samples: int = Field(256, ge=2)  # of the data, for functionals that compare with samples
+
+        @model_validator(mode="after")
+        def _can_be(self):
+            for term in self.functional:
+                if term["weight"] < 0 and needs_density([term]):
+                    raise ValueError(
+                        f"{term['name']} of weight {term['weight']:g} falls without bound as mass concentrates: no "
+                        "step has a minimum, whatever tau; give it a positive weight"
+                    )
+            if self.taus is not None and not (len(self.taus) == 2 and 0 < self.taus[0] <= self.tau <= self.taus[1]):
+                raise ValueError(f"taus are [least, largest] around tau={self.tau:g}; got {self.taus}")
+            return self
+
+    def least_nfe(self) -> int:
+        return self.config.jko_steps
+
+    def objections(self, source: Distribution, target: Distribution) -> list[str]:
+        c, shape, found = self.config, tuple(target.event_shape), []
+        if len(shape) != 1:
+            return [f"jko_operator moves clouds of points (d,), not events of shape {shape}"]
+        if needs_density(c.functional) and shape[0] > LARGEST_JACOBIAN:
+            found.append(
+                f"the functional needs a density, and log det DT is written out up to d = {LARGEST_JACOBIAN}; here "
+                f"d = {shape[0]}: take jko_icnn, or functionals of particles (potential, interaction, energy_distance)"
+            )
+        if takes(c.functional, "density") and not hasattr(target, "log_density"):
+            found.append(f"the functional needs the log density of the data, which {target.name!r} does not have")
+        if takes(c.functional, "samples") and not target.has_samples:
+            found.append(f"the functional compares with samples of the data, and {target.name!r} has none")
+        return found
+
+    def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
+        yield OperatorStage(problem, self.config)
+
+
+def step_loss(
+    jko: JKOProblem, x: Tensor, y: Tensor, log_rho: Tensor | None = None, log_det: Tensor | None = None
+) -> Tensor:
+    """E |y - x|^2 / (2 tau) + F of the particles y = T x, the mean over measures; x, y (measures, n, d).
+
+    ``log_rho``, ``log_det`` (measures, n): log rho(x) and log det DT(x), for functionals with a density.
+    """
+    if not has_pairs(jko.functional):  # a mean over particles: that over all measures at once
+        flat = [None if v is None else v.flatten(0, 1) for v in (x, y, log_rho, log_det)]
+        return jko.objective(*flat) / jko.tau
+    empty = [None] * len(x)
+    rows = zip(x, y, empty if log_rho is None else log_rho, empty if log_det is None else log_det)
+    return torch.stack([jko.objective(*row) for row in rows]).mean() / jko.tau
+
+
+class OperatorStage(Stage):
+    """The operator's training: batches of measures, of which the buffer's grow older as the operator moves them."""
+
+    name = "operator"
+
+    def __init__(self, problem: Problem, config: JKOOperator.Config):
+        self.problem, self.config, self.steps = problem, config, problem.steps
+        network = problem.make_network().to(problem.device)
+        if config.taus is not None and not network.config.on_tau:
+            raise ValueError(f"method.taus={config.taus} asks for several tau, which the network must see: on_tau=true")
+        self.networks, self.averages = {"operator": network}, {}
+        self.samples = torch.empty(0, *problem.target.event_shape)
+        if takes(config.functional, "samples"):
+            generator = generator_for(problem.seed, "functional/target")
+            self.samples = problem.target.sample(config.target_samples, generator)
+        samples = self.samples.to(problem.device) if len(self.samples) else None
+        self.functional = build_expression(config.functional, problem.target, samples)
+        self.d, self.half = problem.target.event_shape[0], config.particles
+        self.clouds = partial(clouds, config.initial)
+        self.states = StateBuffer(config.initial, config.buffer, 2 * self.half, self.d, self._energy, problem.seed)
+
+    def objective(
+        self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        if self.config.rollout and part.piece == 0 and part.step and part.step % EVERY == 0:
+            self._advance(part)
+        x, log_rho, ages = self._batch(part, generator)
+        jko, network = JKOProblem(self.functional, self._tau(generator)), networks["operator"]
+        seen, x = x[:, : self.half], x[:, self.half :]
+        log_det, folded = None, 0.0
+        if jko.needs_density:
+            y, jacobian = network(x, seen, jko.tau, jacobian=True)
+            det = determinant(jacobian)
+            log_rho, log_det, folded = log_rho[:, self.half :], log_without_folds(det), float((det <= 0).float().mean())
+        else:
+            y, log_rho = network(x, seen, jko.tau), None
+        loss = step_loss(jko, x, y, log_rho, log_det)
+        move = float((y - x).detach().square().sum(-1).mean())
+        logs = {"energy": float(loss.detach()) - move / (2 * jko.tau), "move": move, "age": float(ages.float().mean())}
+        dropped = self.states.dropped / max(self.states.advanced, 1)
+        return loss, {**logs, "horizon": self._horizon(part.step), "dropped": dropped, "folded": folded}
+
+    def _batch(self, part: Part, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Clouds, their log densities and ages: this process's rows of the batch, fresh measures first."""
+        fresh = part.size if not self.config.rollout else max(1, math.ceil(self.config.fresh * part.size))
+        x, log_rho = self.clouds(fresh, 2 * self.half, self.d, generator)
+        ages = torch.zeros(fresh, dtype=torch.long)
+        if fresh < part.size:
+            rows = self.states.pick(part.size - fresh, generator)
+            x, log_rho = torch.cat([x, self.states.x[rows]]), torch.cat([log_rho, self.states.log_rho[rows]])
+            ages = torch.cat([ages, self.states.age[rows]])
+        rows = part.rows()
+        return x[rows].to(self.problem.device), log_rho[rows].to(self.problem.device), ages[rows]
+
+    def _advance(self, part: Part) -> None:
+        network = self.averages.get("operator") if self.config.average else None
+        network = network or self.networks["operator"]
+        generator = generator_for(self.problem.seed, "operator/tau", part.step)
+        tau, device = self._tau(generator), self.problem.device
+        carried = self.functional.needs_density
+
+        def move(x: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
+            x = x.to(device)
+            y, log_after = push(network, x, tau, log_rho.to(device) if carried else None, x[:, : self.half])
+            return y.cpu(), log_after.cpu() if carried else log_rho
+
+        count = max(1, self.config.buffer // 4)
+        self.states.advance(move, count, self._horizon(part.step))
+
+    def _horizon(self, step: int) -> int:
+        """From 1 to ``jko_steps`` over the curriculum's share of the training."""
+        share = step / (self.config.curriculum * self.steps) if self.config.curriculum else 1.0
+        return 1 + math.floor((self.config.jko_steps - 1) * min(1.0, share))
+
+    def _tau(self, generator: torch.Generator) -> float:
+        if self.config.taus is None:
+            return self.config.tau
+        low, high = (math.log(tau) for tau in self.config.taus)
+        return math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+
+    @torch.no_grad()
+    def _energy(self, x: Tensor, log_rho: Tensor) -> Tensor:
+        device = self.problem.device
+        x, log_rho = x[:, self.half :].to(device), log_rho[:, self.half :].to(device)
+        return energies_of(self.functional, x, log_rho)
+
+    def state(self) -> dict:
+        return {"states": self.states.state()}
+
+    def load_state(self, state: dict) -> None:
+        self.states.load_state(state["states"])
+
+    @torch.no_grad()
+    def transport(self, networks: dict[str, nn.Module]) -> Transport:
+        """The operator, with the source's cloud moved by it as the anchors of samples."""
+        c, p, network = self.config, self.problem, networks["operator"]
+        x = matched(draw(p.source, 0, c.anchors, p.seed, "operator/anchors").flatten(1).double(), p.source.moments())
+        anchors = rollout(network, x.float().to(p.device), c.tau, c.jko_steps)[:-1]
+        fresh = self.clouds(SEEN, 2 * self.half, self.d, generator_for(p.seed, "operator/family"))[0]
+        family = family_of(torch.cat([fresh, self.states.x]))
+        data = settings_of(p.target) if takes(c.functional, "density") else None
+        samples = self.samples.to(p.device)
+        return OperatorTransport(network, anchors, samples, c.tau, c.functional, data, family, c.taus)

@@ -1,0 +1,199 @@
+"""The learned JKO operator: its loss against closed forms, its training, its resume bit for bit, its flow."""
+
+import math
+import signal
+
+import pytest
+import torch
+import yaml
+
+import gengrad
+from gengrad.cli import main
+from gengrad.config import read_config
+from gengrad.data import Gaussian
+from gengrad.data.draws import generator_for
+from gengrad.evaluation.operators import judge_rollout, reference_of
+from gengrad.flows.density_cloud import matched
+from gengrad.functionals import Entropy, InteractionEnergy
+from gengrad.methods import JKOOperator, Part, Problem
+from gengrad.methods.jko_affine import JKOProblem
+from gengrad.methods.jko_operator import OperatorStage, step_loss
+from gengrad.networks import SetOperator
+from gengrad.registry import DATASETS
+
+SMALL = {
+    "source": {"name": "gaussian", "mean": [0.3], "covariance": [[0.5]]},
+    "data": {"name": "space", "dimension": 1},
+    "network": {"name": "set_operator", "width": 8, "tokens": 2, "heads": 2, "blocks": 1},
+    "method": {"name": "jko_operator", "functional": "entropy", "jko_steps": 3, "particles": 16, "anchors": 32,
+               "buffer": 8},
+    "train": {"steps": 40, "batch_size": 4, "checkpoint_every": 10, "log_every": 5, "lr": 3e-3},
+    "evaluate": {"nfe": [3]},
+}  # fmt: skip
+
+
+def config(out, **changes):
+    raw = {key: dict(value) for key, value in SMALL.items()} | {"out": str(out), "device": "cpu"}
+    for key, value in changes.items():
+        raw[key] = {**raw.get(key, {}), **value}
+    return raw
+
+
+def written(tmp_path, raw):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def stage(d=1, functional="entropy", steps=100, size=8, **method):
+    data = DATASETS.build({"name": "space", "dimension": d})
+    source = Gaussian(mean=[0.0] * d)
+    method = JKOOperator(functional=functional, particles=32, buffer=16, **method)
+    torch.manual_seed(0)
+    network = lambda: SetOperator(event_shape=(d,), width=8, tokens=2, heads=2, blocks=1)  # noqa: E731
+    problem = Problem(source, data, network, seed=0, steps=steps, batch_size=size, device=torch.device("cpu"))
+    return OperatorStage(problem, method.config)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def gaussian_clouds(variances, n=4096):
+    x = matched(torch.randn(n, 1, dtype=torch.float64, generator=generator_for(0, "test")), _unit())
+    scales = torch.tensor(variances, dtype=torch.float64).sqrt().view(-1, 1, 1)
+    return scales * x, -x.square()[..., 0] / 2 - (scales[..., 0].square() * 2 * math.pi).log() / 2
+
+
+def _unit():
+    return torch.zeros(1, dtype=torch.float64), torch.eye(1, dtype=torch.float64)
+
+
+def test_the_loss_of_dilations_of_gaussians_is_its_closed_form():
+    """E|Kx - x|^2 / (2 tau) + E log rho - log K, E log rho = -(1 + log 2 pi S) / 2 for a cloud with moments 0 and S."""
+    tau, k, variances = 0.1, 1.2, [0.5, 2.0]
+    x, log_rho = gaussian_clouds(variances)
+    loss = step_loss(JKOProblem(Entropy(), tau), x, k * x, log_rho, torch.full(x.shape[:2], math.log(k), dtype=x.dtype))
+    closed = [(k - 1) ** 2 * s / (2 * tau) - (1 + math.log(2 * math.pi * s)) / 2 - math.log(k) for s in variances]
+    assert float(loss) == pytest.approx(sum(closed) / 2, abs=1e-10)
+
+
+def test_the_loss_is_least_at_the_exact_step():
+    """K^2 - K = tau / S for the heat equation; there the slope in K vanishes."""
+    tau, s = 0.1, 0.7
+    x, log_rho = gaussian_clouds([s])
+    k = torch.tensor((1 + math.sqrt(1 + 4 * tau / s)) / 2, dtype=torch.float64, requires_grad=True)
+    loss = step_loss(JKOProblem(Entropy(), tau), x, k * x, log_rho, k.log().expand(1, x.shape[1]))
+    assert abs(float(torch.autograd.grad(loss, k)[0])) < 1e-10
+
+
+def test_functionals_of_pairs_are_taken_of_each_measure_by_itself():
+    """Two measures far apart: pairs across would attract each other."""
+    x = torch.randn(2, 40, 2, dtype=torch.float64) + torch.tensor([0.0, 50.0]).view(2, 1, 1)
+    jko = JKOProblem(InteractionEnergy(), 0.5)
+    alone = [jko.functional(1.1 * one) + (0.1 * one).square().sum(1).mean() / 1.0 for one in x]
+    assert float(step_loss(jko, x, 1.1 * x)) == pytest.approx(float(sum(alone)) / 2, rel=1e-12)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def test_a_quarter_of_every_batch_is_fresh_and_the_horizon_grows():
+    training = stage(steps=100, jko_steps=5, curriculum=0.5)
+    training.states.age[:] = 7  # so that what comes from the buffer can be told
+    for step in range(1, 6):
+        ages = training._batch(Part(step, 8), generator_for(0, "test", step))[2]
+        assert (ages == 0).sum() == 2 and (ages == 7).sum() == 6
+    assert [training._horizon(step) for step in (0, 12, 13, 25, 49, 50, 99)] == [1, 1, 2, 3, 4, 5, 5]
+
+
+def test_initial_measures_alone_where_there_is_no_rollout():
+    training = stage(rollout=False)
+    for step in range(20):
+        assert training._batch(Part(step, 8), generator_for(0, "test", step))[2].tolist() == [0] * 8
+        training.objective(training.networks, Part(step, 8), generator_for(0, "test", step))
+    assert training.states.advanced == 0
+
+
+def test_states_are_moved_by_the_averaged_network_unless_the_current_one_is_asked_for():
+    for average in (True, False):
+        training = stage(average=average, jko_steps=5, curriculum=0.0)
+        training.states.share.fill_(1.0)
+        moving = SetOperator(event_shape=(1,), width=8, tokens=2, heads=2, blocks=1)
+        with torch.no_grad():
+            moving.affine.bias[1] = 3.0  # a translation by 3 tau: no change of the entropy
+        training.averages = {"operator": moving}
+        before = training.states.x.clone()
+        training.objective(training.networks, Part(8, 8), generator_for(0, "test"))
+        shift = training.states.x[:4] - before[:4]
+        assert torch.allclose(shift, torch.full_like(shift, 0.3 if average else 0.0), atol=1e-5)
+
+
+def test_the_objective_of_the_share_of_two_processes_is_that_of_one():
+    training = stage()
+    parts = [training.objective(training.networks, Part(3, 8, rank, 2), generator_for(0, "t", 3))[0] for rank in (0, 1)]
+    whole = training.objective(training.networks, Part(3, 8), generator_for(0, "t", 3))[0]
+    assert float(sum(parts)) / 2 == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_training_comes_near_the_exact_steps_of_heat(tmp_path):
+    """400 steps of a network of 8 channels: far nearer than the identity, which is 100 % off."""
+    raw = config(tmp_path / "run", train={"steps": 400, "lr": 1e-2, "batch_size": 8, "checkpoint_every": 400},
+                 method={"initial": {"name": "gaussians"}, "particles": 64}, network={"width": 16})  # fmt: skip
+    gengrad.train(read_config(raw), quiet=True)
+    flow = gengrad.load(tmp_path / "run")
+    x = matched(flow.source.sample(2048, generator_for(0, "test")).double(), flow.source.moments())
+    log_rho = flow.source.log_density(x)
+    transport = flow.transports[0].double()
+    method = read_config(raw).method
+    reference = reference_of(method, Entropy(), flow.source, x, log_rho)
+    rows = judge_rollout(transport, Entropy(), x, log_rho, 3, reference)
+    assert not any(row["rose"] for row in rows)
+    assert max(row["share"] for row in rows) < 0.15 and max(abs(row["gap"]) for row in rows) < 0.1
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_its_buffer(tmp_path, monkeypatch):
+    whole, cut = trained(tmp_path, monkeypatch, "whole"), trained(tmp_path, monkeypatch, "cut", stop=21)
+    assert whole["filled"] > 2 and whole["advanced"] > 0  # lives have ended, or nothing is shown
+    for key, value in whole.items():
+        assert torch.equal(value, cut[key]) if isinstance(value, torch.Tensor) else value == cut[key]
+    assert flow_of(tmp_path / "whole") == flow_of(tmp_path / "cut")
+
+
+def test_without_the_buffer_a_run_goes_on_otherwise(tmp_path, monkeypatch):
+    trained(tmp_path, monkeypatch, "whole")
+    monkeypatch.setattr(OperatorStage, "load_state", lambda self, state: None)
+    trained(tmp_path, monkeypatch, "cut", stop=21)
+    assert flow_of(tmp_path / "whole") != flow_of(tmp_path / "cut")
+
+
+def trained(tmp_path, monkeypatch, name, stop=None) -> dict:
+    """The state of the buffer at the end of a run, which Ctrl-C cuts at step ``stop`` and the same command resumes."""
+    from gengrad.training import loop
+
+    path = written(tmp_path, config(tmp_path / name, method={"jko_steps": 2, "curriculum": 0.2}))
+    step, taken, ends = loop.Fitter.step, [], []
+
+    def counted(self, progress):
+        taken.append(1)
+        if len(taken) == stop:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, progress)
+
+    def summary(self):
+        ends.append(self.states.state())
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OperatorStage, "summary", summary)
+        patch.setattr(loop.Fitter, "step", counted)
+        if stop:
+            assert main(["train", str(path)]) == 130
+        assert main(["train", str(path)]) == 0
+    return ends[-1]
+
+
+def flow_of(folder) -> bytes:
+    return (folder / "flow.safetensors").read_bytes()

@@ -111,6 +111,8 @@ def sample(given: Namespace) -> int:
     from gengrad.files import writable
 
     flow = _flow(given)
+    if given.source is not None or given.steps is not None:
+        return _evolve(flow, given)
     _choose_phases(flow, given)
     codes = given.out is not None and given.out.suffix in (".npy", ".pt")
     if flow.info.get("config", {}).get("data", {}).get("name") == "latents" and not codes:
@@ -156,6 +158,18 @@ def sample(given: Namespace) -> int:
     return 0
 
 
+def _evolve(flow: Flow, given: Namespace) -> int:
+    """``gengrad sample RUN --source points.npy --steps 40 --out evolved.npy``"""
+    from gengrad.cli_operator import evolve_cloud
+
+    if given.source is None or given.steps is None:
+        raise ValueError("--source POINTS.npy and --steps K go together: a cloud, and how many steps it is to make")
+    others = {"--n": given.n, "--nfe": given.nfe, "--solver": given.solver, "--class": given.label}
+    if surplus := [option for option, value in others.items() if value is not None]:
+        raise ValueError(f"--source says which points and --steps how far; leave out {' and '.join(surplus)}")
+    return evolve_cloud(flow, given)
+
+
 def evaluate(given: Namespace) -> int:
     """``gengrad evaluate RUN``"""
     from gengrad import sampling
@@ -176,7 +190,8 @@ def evaluate(given: Namespace) -> int:
             if along.get(part):
                 print("  ".join(f"{key.replace('_', ' ')} {value:.5g}" for key, value in along[part].items()))
         tables = ", samples.csv" if (Path(given.run) / "samples.csv").exists() else ""
-        print(f"written: {Path(given.run) / 'steps.json'}, energy.png, density.png{tables}")
+        pictures = along.get("pictures", "energy.png, density.png")
+        print(f"written: {Path(given.run) / 'steps.json'}, {pictures}{tables}")
     if not target.has_samples:
         return 0
     flow.check_class(None, given.guidance)

@@ -23,6 +23,7 @@ from gengrad.evaluation.shards import Shards
 from gengrad.evaluation.transport import Reference, evaluate_transport, sampling_seeds, summary
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
+from gengrad.flows.operator import OperatorTransport
 from gengrad.registry import DATASETS
 from gengrad.run import versions
 from gengrad.training.ranks import Ranks
@@ -220,6 +221,10 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
     from gengrad.evaluation.steps import forward_densities, judge_end, judge_steps, steps_table
     from gengrad.evaluation.truth import truth_of_flow
 
+    if any(isinstance(t, OperatorTransport) for t in flow.transports):
+        from gengrad.rollouts import judge_operator
+
+        return judge_operator(flow, folder, n=n, seed=seed)
     if not len(flow.transports) or not all(getattr(t, "record", None) for t in flow.transports):
         return None
     config, report = flow.info["config"], {}

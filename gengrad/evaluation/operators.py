@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gengrad.data.base import Distribution
+from gengrad.data.draws import draw, generator_for
+from gengrad.data.families import Members, points_of_the_cube
 from gengrad.evaluation.line import Line, carried, implicit_step
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
-from gengrad.flows.operator import OperatorTransport, energies_of, push
+from gengrad.flows.densities import doubled
+from gengrad.flows.density_cloud import matched
+from gengrad.flows.flow import Flow
+from gengrad.flows.operator import OperatorTransport, energies_of, operator_of, push, rollout
 from gengrad.functionals.base import Functional
 from gengrad.ot import bures_map
+from gengrad.registry import FAMILIES
 
 State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them
 Reference = Callable[[int], State]  # step -> the state that exact implicit steps lead to, from the same points
@@ -87,3 +95,66 @@ def judge_rollout(
         before = row["energy"]
         rows.append(row)
     return rows
+
+
+def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dict], Tensor]:
+    """(rows of a rollout from the flow's own source, its states (steps + 1, n, d)), beside a reference where known."""
+    transport, source = operator_of(flow), flow.source
+    functional = transport.functional()
+    x = matched(draw(source, 0, n, seed, "source").flatten(1).double(), source.moments())
+    log_rho = source.log_density(x).double() if hasattr(source, "log_density") else None
+    if functional.needs_density and (log_rho is None or not bool(log_rho.isfinite().all())):
+        raise ValueError(f"the energy needs a density, which the source {source.name!r} does not have at its points")
+    network = doubled(flow)[0]
+    reference = None
+    if log_rho is not None:
+        with suppress(ValueError):  # none is known
+            reference = reference_of(_method(flow), functional, source, x, log_rho)
+            reference(0)
+    rows = judge_rollout(network, functional, x, log_rho, steps, reference)
+    return rows, rollout(network.network, x, transport.tau, steps)
+
+
+def judge_held_out(
+    flow: Flow, families: list[dict], steps: int, *, count: int, n: int, seed: int, even: bool = True
+) -> dict[str, float]:
+    """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
+
+    ``fell``: the share of them whose energy fell in every step; where implicit steps are solved on the line, ``gap`` and
+    ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest of all.
+    """
+    transport, (d,) = doubled(flow)[0], flow.event_shape
+    functional = transport.functional()
+    fell, gaps, shares = [], [], []
+    for number in range(count):
+        generator = generator_for(seed, "operator/held out", number)
+        settings = families[number % len(families)]
+        members = FAMILIES.build(settings).members(1, d, generator)
+        x = members.push(points_of_the_cube(1, n, d + members.spare, generator, even))
+        log_rho = members.log_density(x)[0]
+        reference = None
+        if d == 1 and settings["name"] != "annuli":  # whose density has a gap
+            with suppress(ValueError):
+                law = partial(_of_one, members)
+                reference = on_the_line(functional, transport.tau, law, x[0], log_rho)
+                reference(1)
+        rows = judge_rollout(transport, functional, x[0], log_rho, steps, reference)
+        fell.append(not any(row["rose"] for row in rows))
+        if "gap" in rows[0]:
+            gaps.append(max(abs(row["gap"]) for row in rows))
+            shares.append(max(row["share"] for row in rows))
+    found = {"rollouts": count, "steps": steps, "fell": sum(fell) / count}
+    for name, values in (("gap", gaps), ("share", shares)):
+        if values:
+            found |= {name: sum(values) / len(values), f"worst_{name}": max(values)}
+    return found
+
+
+def _of_one(members: Members, x: Tensor) -> Tensor:
+    return members.log_density(x[None])[0]
+
+
+def _method(flow: Flow) -> dict:
+    """What ``truth_of_flow`` reads of a method's settings."""
+    transport = operator_of(flow)
+    return {"functional": transport.terms, "tau": transport.tau}

@@ -132,7 +132,8 @@ def _radial_row(truth: RadialTruth, k: int, state: tuple[Tensor, Tensor]) -> dic
 
 COLUMNS = (
     "time", "energy", "energy_implicit", "energy_exact", "move", "residual", "radius", "radius_implicit",
-    "radius_exact", "density_error", "symmetric_kl", "symmetric_kl_to_implicit", "symmetric_kl_implicit",
+    "radius_exact", "density_error", "symmetric_kl", "symmetric_kl_to_implicit", "symmetric_kl_implicit", "gap",
+    "w2", "moved", "share",
 )  # fmt: skip
 
 

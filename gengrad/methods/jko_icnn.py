@@ -11,10 +11,12 @@ from torch import nn
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
 from gengrad.flows.density_cloud import Cloud
-from gengrad.flows.flow import Flow
+from gengrad.flows.flow import Flow, load
 from gengrad.flows.gradient import GradientTransport
+from gengrad.flows.operator import operator_of
 from gengrad.functionals.base import Functional
 from gengrad.functionals.expression import Expression, build_expression, needs_density, takes
+from gengrad.methods import jko_warm as warm
 from gengrad.methods.base import Method, Problem, Stage
 from gengrad.methods.jko_stage import JKOStage
 from gengrad.registry import METHODS, Settings
@@ -46,6 +48,8 @@ class JKOICNN(Method):
         cloud: int = Field(100_000, ge=2)  # particles that are carried along and trained on
         affine_cloud: int = Field(32_768, ge=2)  # of them, for the affine start; fewer for a costly functional
         outposts: int = Field(0, ge=0)  # particles further out, beside those trained on: they teach the tails
+        init_from_operator: str | None = None  # a run of jko_operator, whose steps the potentials start from
+        fit: int = Field(200, ge=1)  # optimiser steps of the fit to the operator's map
         tol: float = Field(1e-4, ge=0)  # E|residual|^2 / E|velocity|^2 at which a step counts as solved; 0: never
         target_samples: int = Field(2048, ge=2)  # of the data, for functionals that compare with samples
 
@@ -62,6 +66,9 @@ class JKOICNN(Method):
     def least_nfe(self) -> int:
         return self.config.jko_steps
 
+    def objections(self, source: Distribution, target: Distribution) -> list[str]:
+        return warm.objections(self.config, tuple(target.event_shape))
+
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield from self.steps(problem, flow, {})
 
@@ -69,6 +76,8 @@ class JKOICNN(Method):
         """The stages; ``updates[k](flow, cloud)`` gives a transport that comes before step k, with no training."""
         functional, position = self._functional_of(problem), 0
         carried = Carried(problem, self.config.cloud, self.config.outposts)
+        start = self.config.init_from_operator
+        operator = operator_of(load(start, problem.device)) if start else None
         for k in range(self.config.jko_steps):
             if k in updates:
                 if position == len(flow.transports):
@@ -77,7 +86,7 @@ class JKOICNN(Method):
             if position < len(flow.transports):
                 yield Finished(k)  # by an earlier call
             else:
-                yield JKOStage(problem, self.config, functional, carried.up_to(flow), k, _last_network(flow))
+                yield JKOStage(problem, self.config, functional, carried.up_to(flow), k, _last_network(flow), operator)
             position += 1
 
     def _functional_of(self, problem: Problem) -> Callable[[Distribution], Functional]:

@@ -13,9 +13,11 @@ from gengrad.data.base import Distribution
 from gengrad.data.draws import Shuffle
 from gengrad.flows.density_cloud import Cloud, pushed_density
 from gengrad.flows.gradient import GradientTransport
+from gengrad.flows.operator import OperatorTransport
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import gradient_of, has_pairs
+from gengrad.methods import jko_warm as warm
 from gengrad.methods.base import Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem, NoMinimumError, solve_affine
 from gengrad.networks.curvature import EXACT
@@ -35,7 +37,7 @@ class JKOStage(Stage):
 
     def __init__(
         self, problem: Problem, config: JKOICNN.Config, functional_of: Callable[[Distribution], Functional],
-        cloud: Cloud, k: int, before: nn.Module | None,
+        cloud: Cloud, k: int, before: nn.Module | None, operator: OperatorTransport | None = None,
     ):  # fmt: skip
         self.problem, self.config, self.k, self.cloud = problem, config, k, cloud
         self.name = f"step_{k + 1}"
@@ -48,10 +50,10 @@ class JKOStage(Stage):
         network.whiten(cloud.x)
         if config.start == "affine":
             self._solve_affine(network)
-        self.networks = {"potential": network}
         self.initial = copy.deepcopy(network).requires_grad_(False)
         self.at_rest, self.at_start = self._judge(None), self._judge(self.initial)
         self._or_affine()
+        self.networks = {"potential": network if operator is None else self._warmed(network, operator)}
         self.solved = self.at_start["residual"] is not None and self.at_start["residual"] <= config.tol
         self.steps = 0 if self.solved else steps_of(k, config.jko_steps, problem.steps)
         # particles with a score give gradients that vanish with the residual, one by one
@@ -161,6 +163,16 @@ class JKOStage(Stage):
             for key in ("time", "energy", "move", "residual", "trained")
             if self.record.get(key) is not None
         }
+
+    def _warmed(self, network: nn.Module, operator: OperatorTransport) -> nn.Module:
+        """The network fitted to the operator's step, where that is the better start."""
+        found = warm.fitted(network, operator, self.cloud.x, self.config.tau, self.config.fit)
+        self._solve_affine(found)
+        judged = self._judge(found)
+        if is_better(judged, self.at_start):
+            self.initial, self.at_start = copy.deepcopy(found).requires_grad_(False), judged
+            return found
+        return network
 
     @torch.no_grad()
     def _solve_affine(self, network: nn.Module) -> None:

@@ -33,7 +33,10 @@ Law = Callable[[int], object] | None  # step -> what has log_density(x) and samp
 
 def energy_figure(rows: Sequence[dict]) -> Figure:
     """The energy over flow time, beside that of the exact implicit steps and of the continuous flow where known."""
-    figure, (left, right) = new_figure(2, 9.0, 3.4)
+    shown = (("residual", "relative optimality residual"), ("share", "distance to exact steps / way"))
+    beside = next(((key, label) for key, label in shown if any(row.get(key) for row in rows)), None)
+    figure, panels = new_figure(2 if beside else 1, 9.0 if beside else 4.5, 3.4)
+    left = panels[0]
     time = [0.0] + [row["time"] for row in rows]
     start = rows[0]["energy_before"]
     for key, label, look in (
@@ -45,10 +48,10 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
             left.plot(time, [start] + [row[key] for row in rows], label=label, **look)
     curve_panel(left, "flow time", "energy")
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
-    known = [row for row in rows if row.get("residual")]
-    if known:
-        right.semilogy([r["time"] for r in known], [r["residual"] for r in known], color=SAMPLES, marker="o", ms=3.5)
-    curve_panel(right, "flow time", "relative optimality residual")
+    if beside:
+        known = [row for row in rows if row.get(beside[0])]
+        panels[1].semilogy([r["time"] for r in known], [r[beside[0]] for r in known], color=SAMPLES, marker="o", ms=3.5)
+        curve_panel(panels[1], "flow time", beside[1])
     return figure
 
 

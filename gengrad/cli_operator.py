@@ -1,0 +1,67 @@
+"""``sample.py RUN --source points.npy --steps 40 --out evolved.npy``: a learned operator on a cloud of the user's."""
+
+from __future__ import annotations
+
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gengrad.flows.flow import Flow
+
+ENDINGS = (".npy", ".pt", ".png")
+
+
+def evolve_cloud(flow: Flow, given: Namespace) -> int:
+    """Reads the cloud, moves it by ``--steps`` steps, says energies, writes the last state and a film if asked for."""
+    from gengrad import plotting
+    from gengrad.files import writable
+    from gengrad.sampling import write_samples
+
+    points = read_cloud(given.source)
+    out = writable(given.out, ENDINGS) if given.out else None
+    film = None
+    if given.trajectory is not None:
+        film = writable(Path(given.trajectory or Path(given.run) / "trajectory.gif"), (".gif",))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = flow.evolve(points, given.steps)
+    for warning in told:
+        print(f"gengrad: {warning.message}")
+    print(f"{len(points)} points, {given.steps} steps, {found.nfe} network evaluations each, {found.seconds:.2f} s")
+    if found.energies is None:
+        print("energies: not known, the energy needs a density, which points alone do not have")
+    else:
+        rose = int((found.energies.diff() > 1e-6 * (1 + found.energies[:-1].abs())).sum())
+        ends = f"{float(found.energies[0]):.6g} to {float(found.energies[-1]):.6g}"
+        print(f"energy: {ends}" + (f", and it rose in {rose} steps" if rose else ", falling in every step"))
+    if out:
+        write_samples(found.x, out, flow)
+        print(f"written: {out}")
+    elif film is None:
+        print("nothing was written: give --out evolved.npy, .pt or .png")
+    if film:
+        plotting.trajectory_gif(found.states, film)
+        print(f"written: {film}")
+    return 0
+
+
+def read_cloud(file: Path) -> Tensor:
+    """The points (n, d) of a .npy file, float32; raises ``ValueError`` for what is no array of numbers."""
+    import numpy as np
+    import torch
+
+    if file.suffix.lower() != ".npy":
+        raise ValueError(f"--source {file}: a .npy file of points (n, d) is wanted, as numpy.save writes it")
+    if not file.is_file():
+        raise ValueError(f"--source {file}: there is no such file")
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"--source {file} is no .npy file of numbers: {error}") from None
+    if array.dtype.kind not in "fiu" or array.ndim != 2:
+        raise ValueError(f"--source {file}: numbers of shape (n, d) are wanted; found {array.dtype} of {array.shape}")
+    return torch.from_numpy(array.astype(np.float32))

@@ -1,0 +1,59 @@
+"""A learned operator's report: its rollout from the run's source, and from measures that training has not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gengrad import plotting
+from gengrad.data.families import read_families
+from gengrad.evaluation.operators import judge_held_out, judge_source
+from gengrad.evaluation.steps import steps_table
+from gengrad.files import write_atomically, write_json
+from gengrad.flows.flow import Flow
+from gengrad.flows.operator import operator_of
+from gengrad.functionals.expression import has_pairs
+
+ROLLOUTS = 16  # from held-out measures
+PARTICLES = 1024  # of each of them
+PAIRS = 2048  # particles of the rollout where every one meets every other
+
+
+def judge_operator(flow: Flow, folder: Path, *, n: int, seed: int) -> dict:
+    """Twice the horizon from the source, and from held-out measures; writes ``steps.json``, ``steps.md`` and pictures.
+
+    ``energy.png`` beside exact implicit steps where they are known, ``rollout.gif`` of the points on their way.
+    """
+    transport, config = operator_of(flow), flow.info["config"]["method"]
+    steps, n = 2 * config["jko_steps"], min(n, PAIRS) if has_pairs(transport.functional()) else n
+    rows, states = judge_source(flow, steps, n=n, seed=seed)
+    plotting.save(plotting.energy_figure(rows), folder / "energy.png")
+    plotting.trajectory_gif(states[:, :1000].float(), folder / "rollout.gif")
+    held_out = {
+        name: judge_held_out(flow, families, steps, count=ROLLOUTS, n=PARTICLES, seed=seed)
+        for name, families in (("as in training", config["initial"]), ("more components", more_components(config)))
+    }
+    lines = [steps_table(rows), "", held_out_table(held_out)]
+    table = "\n".join(lines)
+    write_atomically(folder / "steps.md", (table + "\n").encode())
+    report = {"steps": rows, "held_out": held_out, "table": table, "pictures": "energy.png, rollout.gif"}
+    write_json(folder / "steps.json", report)
+    return report
+
+
+def more_components(config: dict) -> list[dict]:
+    """Mixtures of more components than training has: at the reach and sizes of its first family."""
+    first = config["initial"][0]
+    most = max((family.get("components", 0) for family in config["initial"]), default=0)
+    wanted = {"name": "mixtures", "components": 2 * max(most, 2)}
+    return read_families(wanted | {key: first[key] for key in ("reach", "smallest", "largest")})
+
+
+def held_out_table(held_out: dict[str, dict]) -> str:
+    """Markdown, a row for each kind of initial measures."""
+    columns = list(dict.fromkeys(key for found in held_out.values() for key in found))
+    lines = ["| initial measures | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
+    for name, found in held_out.items():
+        cells = [f"{found[c]:.3g}" if c in found else "" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,231 @@
+"""A learned operator as a transport and on clouds of the user's: contracts, carried densities, refusals."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import gengrad
+from gengrad.cli import main
+from gengrad.data import Gaussian
+from gengrad.flows import Flow, OperatorTransport, VelocityTransport
+from gengrad.flows.operator import family_of, features, outside, push, rollout
+from gengrad.functionals.expression import read_expression
+from gengrad.networks import MLP, SetOperator
+
+CENTRE, STRETCH, TAU = 1.5, -0.8, 0.1
+TO_THE_CENTRE = [{"name": "potential", "potential": "quadratic"}]
+
+
+def operator_flow(d=2, terms="entropy", **changes) -> Flow:
+    """T(x; mu) = x + tau (b + a (x - mean) / scale): its densities are known, and it depends on mu."""
+    torch.manual_seed(0)
+    network = SetOperator(event_shape=(d,), width=8, tokens=2, heads=2, blocks=1)
+    with torch.no_grad():
+        network.affine.bias.copy_(
+            torch.cat([STRETCH * torch.eye(d), torch.full((d, 1), CENTRE)], dim=1).flatten()
+        )
+    source = Gaussian(mean=[0.0] * d)
+    x = torch.randn(64, d, generator=torch.Generator().manual_seed(0))
+    anchors = rollout(network, x, TAU, 3)[:-1]
+    made = OperatorTransport(network, anchors, torch.empty(0, d), TAU, read_expression(terms), **changes)
+    return Flow(source, [made])
+
+
+def cloud(n=200, d=2, seed=1):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_step_is_the_map_of_the_clouds_own_context():
+    flow, x = operator_flow(), cloud()
+    away = x - x.mean(0)
+    scale = away.square().mean().sqrt()
+    assert torch.allclose(flow.step(x), x + TAU * (CENTRE + STRETCH * away / scale), atol=1e-6)
+
+
+def test_clouds_of_a_batch_are_moved_each_by_itself():
+    flow, x = operator_flow(), torch.stack([cloud(seed=1), 3 * cloud(seed=2)])
+    assert torch.allclose(flow.step(x), torch.stack([flow.step(one) for one in x]), atol=1e-6)
+
+
+def test_the_carried_density_is_that_of_the_affine_map():
+    flow, x = operator_flow(terms=[{"name": "entropy"}, *TO_THE_CENTRE]), cloud()
+    found = flow.evolve(x, 2, log_density=flow.source)
+    log_rho, now = flow.source.log_density(x), x
+    for k in range(2):
+        scale = (now - now.mean(0)).square().mean().sqrt()
+        log_rho, now = log_rho - 2 * math.log(1 + TAU * STRETCH / scale), flow.step(now)
+        assert torch.allclose(found.log_density[k + 1], log_rho, atol=1e-5)
+        energy = (log_rho + now.square().sum(1) / 2).mean()
+        assert float(found.energies[k + 1]) == pytest.approx(float(energy), abs=1e-5)
+    assert torch.equal(found.x, found.states[-1]) and torch.allclose(found.x, now, atol=1e-6)
+    assert found.times.tolist() == pytest.approx([0, TAU, 2 * TAU]) and found.folded == 0 and found.nfe == 2
+
+
+def test_where_the_map_folds_densities_are_nan_and_the_share_is_told():
+    flow, x = operator_flow(d=1), cloud(d=1)
+    with torch.no_grad():
+        flow.transports[0].network.affine.bias.mul_(50.0)  # the slope becomes 1 - 4 / scale
+    found = flow.evolve(x, 1, log_density=flow.source.log_density(x))
+    assert found.folded == 1 and found.log_density[1].isnan().all()
+
+
+def test_energies_without_a_density_are_left_out_or_refused():
+    flow, x = operator_flow(), cloud()
+    assert flow.evolve(x, 2).energies is None
+    with pytest.raises(ValueError, match="needs a density.*give log_density="):
+        flow.evolve(x, 2, energies=True)
+    assert operator_flow(terms=TO_THE_CENTRE).evolve(x, 2).energies.shape == (3,)
+    assert operator_flow(terms=TO_THE_CENTRE).evolve(x, 2, energies=False).energies is None
+
+
+def test_a_sample_does_not_depend_on_the_batch_it_comes_in():
+    flow = operator_flow()
+    x = flow.sample(300, seed=3)
+    parts = [flow.draw_samples(100, seed=3, first=first, chunk=17).x for first in (0, 100, 200)]
+    assert torch.allclose(x, torch.cat(parts), atol=1e-6)
+    assert flow.draw_samples(10).nfe == 3 == flow.cost()
+    with pytest.raises(ValueError, match=r"makes 3 steps.*nfe=2 is less"):
+        flow.sample(10, nfe=2)
+
+
+def test_it_is_saved_and_loaded_with_all_that_it_knows(tmp_path):
+    flow = operator_flow(terms="energy_distance", family=family_of(torch.stack([cloud(50) - 1, 2 * cloud() + 1])))
+    flow.transports[0].samples = cloud(20)
+    flow.save(tmp_path / "run")
+    again, x = gengrad.load(tmp_path / "run"), cloud(50)
+    assert torch.equal(again.sample(20, seed=1), flow.sample(20, seed=1))
+    one, two = again.evolve(x, 3), flow.evolve(x, 3)
+    assert torch.equal(one.states, two.states) and torch.equal(one.energies, two.energies)
+    assert one.outside == two.outside
+
+
+def test_units_are_taken_off_and_put_on_again():
+    flow, x = operator_flow(), cloud()
+    scaled = Flow(flow.source, list(flow.transports), units=(torch.tensor([3.0, -1.0]), 2.0))
+    y = torch.tensor([3.0, -1.0]) + 2 * x
+    found = scaled.evolve(y, 1, log_density=flow.source.log_density(x) - 2 * math.log(2))
+    assert torch.allclose(found.x, torch.tensor([3.0, -1.0]) + 2 * flow.step(x), atol=1e-5)
+    plain = flow.evolve(x, 1, log_density=flow.source)
+    assert torch.allclose(found.log_density, plain.log_density - 2 * math.log(2), atol=1e-5)
+    assert torch.allclose(found.energies, plain.energies, atol=1e-5)
+
+
+def test_how_far_a_cloud_is_outside_of_the_family_is_measured_in_its_widths():
+    clouds = torch.stack([cloud(2000, seed=k) * s + m for k, (s, m) in enumerate([(1, 0), (2, 0), (1, 4)])])
+    family = family_of(clouds)
+    assert features(clouds).shape == (3, 5)
+    for inside in clouds:
+        assert outside(family, inside)[0] == 0
+    distance, what = outside(family, cloud(2000) + torch.tensor([12.0, 0.0]))
+    assert distance == pytest.approx(2.0, abs=0.05) and "mean 1 12" in what  # the means go from 0 to 4
+    distance, what = outside(family, 8 * cloud(2000))
+    # a factor four in the logarithm, in widths of a factor two
+    assert distance == pytest.approx(2.0, abs=0.1) and "standard deviation" in what
+
+
+def test_a_cloud_far_outside_is_moved_with_a_warning():
+    flow = operator_flow(family=family_of(torch.stack([cloud(seed=k) + 0.1 * k for k in range(5)])))
+    with pytest.warns(UserWarning, match="widths of the training family outside of it"):
+        assert flow.evolve(cloud() + 50, 1).outside > 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flow.evolve(cloud(seed=2) + 0.2, 1).outside == 0
+
+
+def test_push_without_a_density_takes_no_determinant():
+    network = SetOperator(event_shape=(5,), width=8, tokens=2, heads=2)
+    x = cloud(20, 5)
+    assert push(network, x, TAU)[1] is None
+    with pytest.raises(ValueError, match="up to d = 3"):
+        push(network, x, TAU, torch.zeros(20))
+
+
+ONE = torch.zeros(10, 2)
+BAD = {
+    "another dimension": (lambda f: f.evolve(cloud(d=3), 2), r"shape \(n, 2\); got \(200, 3\)"),
+    "an array": (lambda f: f.step(np.zeros((5, 2))), "got a ndarray"),
+    "one point": (lambda f: f.evolve(cloud(1), 2), "1 points are none; give at least 2"),
+    "NaN": (lambda f: f.step(cloud() / torch.tensor([1.0, 0.0])), "200 of the points are not finite"),
+    "an atom": (lambda f: f.step(ONE), "all points are identical"),
+    "no steps": (lambda f: f.evolve(cloud(), 0), "n_steps is the number of JKO steps.*at least 1; got 0"),
+    "half a step": (lambda f: f.evolve(cloud(), 1.5), "got 1.5"),
+    "another tau": (lambda f: f.step(cloud(), tau=0.2), "tau=0.1 alone, not 0.2"),
+    "many clouds": (lambda f: f.evolve(cloud()[None], 2), "takes one cloud"),
+    "a density of another cloud": (
+        lambda f: f.evolve(cloud(), 2, log_density=torch.zeros(3)), r"shape \(200,\).*got \(3,\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_cloud_is_refused(name):
+    call, says = BAD[name]
+    with pytest.raises(ValueError, match=says):
+        call(operator_flow())
+
+
+def test_other_taus_are_taken_where_they_were_trained():
+    flow = operator_flow(taus=[0.05, 0.4])
+    x = cloud()
+    assert torch.allclose(flow.step(x, tau=0.2) - x, 2 * (flow.step(x) - x), atol=1e-6)
+    with pytest.raises(ValueError, match=r"outside of 0.05 to 0.4"):
+        flow.step(x, tau=0.5)
+
+
+def test_a_flow_without_an_operator_says_so():
+    flow = Flow(Gaussian(mean=[0.0, 0.0]), [VelocityTransport(MLP(event_shape=(2,)))])
+    for call in (lambda: flow.step(cloud()), lambda: flow.evolve(cloud(), 2)):
+        with pytest.raises(ValueError, match="holds no operator"):
+            call()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_moves_a_cloud_and_says_its_energy(tmp_path, capsys):
+    flow, x = operator_flow(terms=TO_THE_CENTRE), cloud(40)
+    flow.save(tmp_path / "run")
+    np.save(tmp_path / "points.npy", x.double().numpy())
+    out = tmp_path / "evolved.npy"
+    command = ["sample", str(tmp_path / "run"), "--source", str(tmp_path / "points.npy"), "--steps", "4"]
+    assert main([*command, "--out", str(out), "--trajectory", str(tmp_path / "way.gif")]) == 0
+    assert np.allclose(np.load(out), flow.evolve(x, 4).x.numpy(), atol=1e-6)
+    told = capsys.readouterr().out
+    assert "40 points, 4 steps, 4 network evaluations each" in told and "energy: " in told
+    assert (tmp_path / "way.gif").stat().st_size > 0
+
+
+COMMANDS = {
+    "no file": (["--source", "none.npy", "--steps", "2"], "no such file"),
+    "a text": (["--source", "text.npy", "--steps", "2"], "is no .npy file of numbers"),
+    "a table": (["--source", "points.csv", "--steps", "2"], "a .npy file of points"),
+    "a line of numbers": (["--source", "line.npy", "--steps", "2"], "shape (n, d) are wanted"),
+    "words": (["--source", "words.npy", "--steps", "2"], "numbers of shape"),
+    "another dimension": (["--source", "space.npy", "--steps", "2"], "shape (n, 2); got (5, 3)"),
+    "no number of steps": (["--source", "points.npy"], "--source POINTS.npy and --steps K go together"),
+    "a number of samples as well": (["--source", "points.npy", "--steps", "2", "--n", "5"], "leave out --n"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistake_with_the_command_is_one_message(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    operator_flow().save(tmp_path / "run")
+    (tmp_path / "text.npy").write_text("no array")
+    np.save("points.npy", np.eye(2))
+    np.save("line.npy", np.arange(5.0))
+    np.save("words.npy", np.array([["a", "b"]]))
+    np.save("space.npy", np.eye(5, 3))
+    arguments, says = COMMANDS[name]
+    assert main(["sample", "run", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert says in told and "Traceback" not in told
+
+
+def test_steps_of_nothing_are_refused_by_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(tmp_path), "--source", "x.npy", "--steps", "0"])
+    assert "at least 1; got 0" in capsys.readouterr().err

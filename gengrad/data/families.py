@@ -99,7 +99,7 @@ class Gaussians(Family):
 
 @FAMILIES.register("mixtures")
 class Mixtures(Family):
-    """Two to ``components`` round Gaussians, each with its centre, size and weight (0.5 to 1.5 before they are shared)."""
+    """Two to ``components`` round Gaussians, each with a centre, a size and a weight (0.5 to 1.5 before sharing)."""
 
     class Config(Family.Config):
         components: int = Field(3, ge=2)
@@ -178,7 +178,7 @@ class AnnulusMembers(PlacedMembers):
 
 @FAMILIES.register("annuli")
 class Annuli(Family):
-    """Uniform between two concentric spheres: outer radii from ``smallest`` to ``largest``, inner ones 0.3 to 0.7 of it.
+    """Uniform between two concentric spheres: outer radii from ``smallest`` to ``largest``, inner 0.3 to 0.7 of it.
 
     On the line two intervals, in space a shell; d <= 3.
     """
@@ -186,7 +186,10 @@ class Annuli(Family):
     def members(self, count: int, dimension: int, generator: torch.Generator) -> AnnulusMembers:
         if dimension > 3:
             raise ValueError(f"family 'annuli' is for d <= 3; these points have d = {dimension}")
-        centres, sizes = self._centres(count, dimension, generator=generator), self._sizes(count, 1, generator=generator)
+        centres, sizes = (
+            self._centres(count, dimension, generator=generator),
+            self._sizes(count, 1, generator=generator),
+        )
         inner = 0.3 + 0.4 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
         return AnnulusMembers(centres, sizes, inner)
 
@@ -224,7 +227,10 @@ class Barenblatts(Family):
     def members(self, count: int, dimension: int, generator: torch.Generator) -> BarenblattMembers:
         if dimension > 3:
             raise ValueError(f"family 'barenblatts' is for d <= 3; these points have d = {dimension}")
-        centres, sizes = self._centres(count, dimension, generator=generator), self._sizes(count, 1, generator=generator)
+        centres, sizes = (
+            self._centres(count, dimension, generator=generator),
+            self._sizes(count, 1, generator=generator),
+        )
         return BarenblattMembers(centres, sizes, 1 / (self.config.m - 1))
 
 

@@ -70,8 +70,8 @@ def judge_rollout(
     """One row a step of a rollout from x (n, d), the context from ``particles`` (default: x).
 
     ``energy``, and where there is a reference ``energy_implicit``; ``gap``: their difference as a share of what the
-    reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, which is at least W2; ``moved``:
-    the reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step.
+    reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``: the
+    reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step.
     """
     seen, needs = x if particles is None else particles, functional.needs_density
     state, rows = (x, log_rho if needs else None), []
@@ -120,8 +120,8 @@ def judge_held_out(
 ) -> dict[str, float]:
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
-    ``fell``: the share of them whose energy fell in every step; where implicit steps are solved on the line, ``gap`` and
-    ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest of all.
+    ``fell``: the share of them whose energy fell in every step; where implicit steps are solved on the line, ``gap``
+    and ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest of all.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
     functional = transport.functional()

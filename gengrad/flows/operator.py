@@ -28,7 +28,7 @@ FAR = 0.25  # of the width of the training family outside of it from which on a 
 class OperatorTransport(Transport):
     """x <- T(x; mu_k) = x + tau g(x, context(mu_k)), k = 0 .. K - 1; one network evaluation a step.
 
-    Samples of the flow follow ``anchors`` (K, n, d): the measures mu_k as clouds that the operator itself has moved, the
+    Samples of the flow follow ``anchors`` (K, n, d): the measures mu_k as clouds that the operator has moved itself, the
     same for all samples, so that sample i does not depend on the batch that it comes in. ``terms``, ``data`` and
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``.
@@ -54,7 +54,9 @@ class OperatorTransport(Transport):
     def cost(self, nfe: int | None = None) -> int:
         """One evaluation a step, all of its steps, whatever ``nfe`` allows above that."""
         if nfe is not None and nfe < len(self.anchors):
-            raise ValueError(f"this flow makes {len(self.anchors)} steps, one network evaluation each; nfe={nfe} is less")
+            raise ValueError(
+                f"this flow makes {len(self.anchors)} steps, one network evaluation each; nfe={nfe} is less"
+            )
         return len(self.anchors)
 
     def functional(self) -> Functional:
@@ -83,7 +85,7 @@ def push(
 ) -> tuple[Tensor, Tensor | None]:
     """(T x, log rho'(T x)) for x (..., n, d), the context that of ``particles`` (default: x itself).
 
-    log rho'(T x) = log rho(x) - log det DT(x); NaN where the map folds, det DT <= 0. Without ``log_rho`` no determinant.
+    log rho'(T x) = log rho(x) - log det DT(x); NaN where T folds, det DT <= 0. Without ``log_rho`` no determinant.
     """
     context = network.context(x if particles is None else particles, tau)
     if log_rho is None:
@@ -103,9 +105,7 @@ def rollout(network: nn.Module, x: Tensor, tau: float, steps: int) -> Tensor:
 
 def energies_of(functional: Functional, x: Tensor, log_rho: Tensor | None) -> Tensor:
     """F of each cloud of x (clouds, n, d), float64 (clouds,); ``log_rho`` (clouds, n) where F needs a density."""
-    values = [
-        functional(cloud, Density(log_rho[k]) if functional.needs_density else None) for k, cloud in enumerate(x)
-    ]
+    values = [functional(cloud, Density(log_rho[k]) if functional.needs_density else None) for k, cloud in enumerate(x)]
     return torch.stack(values).double().cpu()
 
 
@@ -186,7 +186,7 @@ def evolve(
     log_rho, functional = _density(flow, points, x, log_density), transport.functional()
     if energies and functional.needs_density and log_rho is None:
         raise ValueError(
-            "this operator's energy needs a density, which a cloud of points does not have: give log_density= (a tensor "
+            "this operator's energy needs a density, which points alone do not have: give log_density= (a tensor "
             "(n,) of log rho at the points, or whatever has log_density(x)), or leave energies out"
         )
     known = log_rho is not None or not functional.needs_density

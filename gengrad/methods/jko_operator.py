@@ -1,4 +1,4 @@
-"""A learned JKO operator: one network that takes a measure to its next JKO step, trained on the step's own objective."""
+"""A learned JKO operator: one network takes a measure to its next JKO step, trained on the step's own objective."""
 
 from __future__ import annotations
 

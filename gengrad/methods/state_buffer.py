@@ -1,4 +1,4 @@
-"""The states that an operator is trained on: measures that it has moved so far by itself, each as a cloud with an age."""
+"""The states that an operator is trained on: measures that it has moved so far, each as a cloud with an age."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def more_components(config: dict) -> list[dict]:
 
 def held_out_table(held_out: dict[str, dict]) -> str:
     """Markdown, a row for each kind of initial measures."""
-    columns = list(dict.fromkeys(key for found in held_out.values() for key in found))
+    keys = (key for found in held_out.values() for key in found if not key.endswith("along"))
+    columns = list(dict.fromkeys(keys))
     lines = ["| initial measures | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
     lines.append("| --- " * (len(columns) + 1) + "|")
     for name, found in held_out.items():

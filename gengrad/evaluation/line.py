@@ -19,7 +19,7 @@ TAIL = 32.0  # log density below its peak at which the line is cut
 
 @dataclass
 class Line:
-    """A measure on nodes x (n,): masses of the nodes and of the intervals between, log rho (n - 1,) of the intervals."""
+    """A measure on nodes x (n,): masses of the nodes and of the intervals between; log rho (n - 1,) of these."""
 
     x: Tensor
     mass: Tensor

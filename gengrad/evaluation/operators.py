@@ -117,15 +117,16 @@ def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dic
 
 def judge_held_out(
     flow: Flow, families: list[dict], steps: int, *, count: int, n: int, seed: int, even: bool = True
-) -> dict[str, float]:
+) -> dict:
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
     ``fell``: the share of them whose energy fell in every step; where implicit steps are solved on the line, ``gap``
-    and ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest of all.
+    and ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest
+    of all; ``_along``: the mean after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
     functional = transport.functional()
-    fell, gaps, shares = [], [], []
+    fell, gaps, shares = [], [], []  # gaps and shares: lists along the steps
     for number in range(count):
         generator = generator_for(seed, "operator/held out", number)
         settings = families[number % len(families)]
@@ -141,12 +142,14 @@ def judge_held_out(
         rows = judge_rollout(transport, functional, x[0], log_rho, steps, reference)
         fell.append(not any(row["rose"] for row in rows))
         if "gap" in rows[0]:
-            gaps.append(max(abs(row["gap"]) for row in rows))
-            shares.append(max(row["share"] for row in rows))
+            gaps.append([abs(row["gap"]) for row in rows])
+            shares.append([row["share"] for row in rows])
     found = {"rollouts": count, "steps": steps, "fell": sum(fell) / count}
     for name, values in (("gap", gaps), ("share", shares)):
         if values:
-            found |= {name: sum(values) / len(values), f"worst_{name}": max(values)}
+            largest = [max(value) for value in values]
+            found |= {name: sum(largest) / len(largest), f"worst_{name}": max(largest)}
+            found[f"{name}_along"] = [sum(column) / len(column) for column in zip(*values)]
     return found
 
 

@@ -28,8 +28,8 @@ FAR = 0.25  # of the width of the training family outside of it from which on a 
 class OperatorTransport(Transport):
     """x <- T(x; mu_k) = x + tau g(x, context(mu_k)), k = 0 .. K - 1; one network evaluation a step.
 
-    Samples of the flow follow ``anchors`` (K, n, d): the measures mu_k as clouds that the operator has moved itself, the
-    same for all samples, so that sample i does not depend on the batch that it comes in. ``terms``, ``data`` and
+    Samples of the flow follow ``anchors`` (K, n, d): the measures mu_k as clouds that the operator has moved,
+    the same for all samples, so that sample i does not depend on the batch that it comes in. ``terms``, ``data`` and
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``.
     """

@@ -151,7 +151,7 @@ class OperatorStage(Stage):
 
     def _batch(self, part: Part, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Clouds, their log densities and ages: this process's rows of the batch, fresh measures first."""
-        fresh = part.size if not self.config.rollout else max(1, math.ceil(self.config.fresh * part.size))
+        fresh = part.size if not self.config.rollout else math.ceil(self.config.fresh * part.size)
         x, log_rho = self.clouds(fresh, 2 * self.half, self.d, generator)
         ages = torch.zeros(fresh, dtype=torch.long)
         if fresh < part.size:

@@ -1,0 +1,223 @@
+"""The learned JKO operator against closed forms of the implicit step, a solver on the line, and the per-step solver.
+
+    python benchmarks/operator.py [--quick] [--parts accuracy,ablation,speed,warm] [--only TEXT] [--seeds 1]
+                                  [--steps N] [--runs FOLDER] [--out FILE.json]
+
+One cell is one (part, case, seed); the JSON is written after each, and cells that it holds are not computed again.
+Trained operators are kept in --runs and used by the parts after. --steps: optimiser steps instead of the configs' own
+(recorded in each cell).
+
+accuracy: trains an operator, rolls it out to the horizon and to twice it. ``gap``: F of the operator minus F of exact
+implicit steps as a share of what these have fallen since the start, the largest of all steps; ``share``: root of
+E|X - X_ref|^2 over the same points, at least W2, as a share of the way since the start, the largest of all steps. From
+the run's Gaussian or profile (closed form); on the line also from 16 held-out measures of the training families, of
+mixtures with twice as many components, and from independent points (n = 256, 1,024, 4,096) of the training families,
+whose own implicit step differs from that of their law by the noise of the cloud. ``fell``: share of the rollouts in
+which the energy fell in every step.
+ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
+share over 16 held-out measures, step by step up to twice the horizon.
+speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
+(jko_icnn) trained until it has about the operator's error (of the numbers of optimiser steps tried, the first).
+warm: the residual of the per-step solver after so many optimiser steps, started from the operator and not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from operator_cells import ABLATIONS, CASES, config_of, trained
+
+import gengrad
+from gengrad.config import read_config
+from gengrad.data.draws import draw
+from gengrad.evaluation.operators import judge_held_out, judge_source, on_the_line
+from gengrad.files import write_json
+from gengrad.functionals.expression import build_expression
+from gengrad.rollouts import more_components
+
+ROLLOUTS = 16
+SOURCE = {"name": "gaussian_mixture", "means": [[-1.0], [1.0]], "scales": [0.5, 0.4]}  # of the parts speed and warm
+
+
+def worst(rows: list[dict]) -> dict:
+    """The largest gap and share of the rows, and the last, where there is a reference."""
+    if "gap" not in rows[0]:
+        return {}
+    return {
+        "gap": max(abs(row["gap"]) for row in rows), "share": max(row["share"] for row in rows),
+        "end_gap": abs(rows[-1]["gap"]), "end_share": rows[-1]["share"],
+    }  # fmt: skip
+
+
+def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
+    raw = config_of(case, seed, given.steps)
+    flow, cpu = trained(raw, given.runs / f"{case}_{seed}")
+    config = flow.info["config"]
+    horizon, count = config["method"]["jko_steps"], 2 if given.quick else ROLLOUTS
+    found = {"cpu_seconds": cpu, "train_steps": config["train"]["steps"]}
+    n = 2048 if config["method"]["functional"][0]["name"] == "interaction" else 4096
+    rows = judge_source(flow, 2 * horizon, n=n, seed=seed + 1)[0]
+    found |= {f"source_{key}": value for key, value in worst(rows[:horizon]).items()}
+    found |= {f"source_twice_{key}": value for key, value in worst(rows).items() if not key.startswith("end")}
+    found["source_fell"] = not any(row["rose"] for row in rows)
+    kinds = [("held_out", config["method"]["initial"], 1024, True)]
+    if not given.quick:
+        kinds += [("more_components", more_components(config["method"]), 1024, True)]
+        kinds += [(f"independent_{n}", config["method"]["initial"], n, False) for n in (256, 1024, 4096)]
+    for name, families, n, even in kinds:
+        held = judge_held_out(flow, families, 2 * horizon, count=count, n=n, seed=seed + 1, even=even)
+        found |= {
+            f"{name}_{key}": value
+            for key, value in held.items()
+            if key not in ("rollouts", "steps") and "along" not in key
+        }
+    return found
+
+
+def ablation(variant: str, seed: int, given: argparse.Namespace) -> dict:
+    raw = config_of("double_well_1", seed, given.steps, **ABLATIONS[variant])
+    flow, cpu = trained(raw, given.runs / f"ablation_{variant.replace(' ', '_')}_{seed}")
+    method, found = flow.info["config"]["method"], {"cpu_seconds": cpu, "train_steps": raw["train"]["steps"]}
+    count, steps = 2 if given.quick else ROLLOUTS, 2 * method["jko_steps"]
+    held = judge_held_out(flow, method["initial"], steps, count=count, n=1024, seed=seed + 1)
+    for k in (1, steps // 4, steps // 2, steps):
+        found |= {f"share_{k}": held["share_along"][k - 1], f"gap_{k}": held["gap_along"][k - 1]}
+    return {**found, "fell": held["fell"], "along": [held["share_along"], held["gap_along"]]}
+
+
+def solved(functional: object, tau: float, x: torch.Tensor, log_rho: torch.Tensor, law: object) -> torch.Tensor:
+    """Where the exact implicit step brings x."""
+    return on_the_line(build_expression(functional), tau, law.log_density, x, log_rho)(1)[0]
+
+
+def per_step(steps: int, method: dict, folder: str, **changes) -> tuple:
+    """(flow of one step, CPU-seconds) of the per-step solver from the mixture."""
+    raw = {
+        "source": SOURCE, "data": {"name": "space", "dimension": 1},
+        "network": {"name": "icnn", "width": 32, "depth": 2},
+        "method": {"name": "jko_icnn", "functional": method["functional"], "tau": method["tau"], "jko_steps": 1,
+                   "cloud": 8192, "tol": 0.0, **changes},
+        "train": {"steps": steps, "batch_size": 512, "lr": 1e-2, "checkpoint_every": 10**6}, "evaluate": {"nfe": [1]},
+        "out": folder, "device": "cpu",
+    }  # fmt: skip
+    outcome = gengrad.train(read_config(raw), quiet=True)
+    return gengrad.load(folder), outcome.cpu_seconds
+
+
+def error_of(flow: gengrad.Flow, method: dict, move: Callable) -> float:
+    """Root of E|X - X_ref|^2 after one step from the mixture, as a share of the way."""
+    x = draw(flow.source, 0, 4096, 1, "source").double()
+    truth = solved(method["functional"], method["tau"], x, flow.source.log_density(x), flow.source)
+    with torch.no_grad():
+        return float(((move(x) - truth).square().mean() / (x - truth).square().mean()).sqrt())
+
+
+def pushed(flow: gengrad.Flow) -> Callable:
+    """The flow's one map in float64."""
+    return flow.transports[0].double().push
+
+
+def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
+    flow, cpu = trained(config_of(case, seed, given.steps), given.runs / f"{case}_{seed}")
+    method, found = flow.info["config"]["method"], {"training_cpu": cpu}
+    law = gengrad.data.GaussianMixture(**{key: value for key, value in SOURCE.items() if key != "name"})
+    x, double = draw(law, 0, 1024, 1, "source"), flow.double()
+    found["error"] = error_of(gengrad.Flow(law), method, lambda x: double.step(x).double())
+    flow = flow.float()
+    for name, cloud in (("seconds", x), ("batch_seconds", x.expand(16, -1, -1).contiguous())):
+        times = []
+        for _ in range(5 if given.quick else 30):
+            started = time.process_time()
+            flow.step(cloud)
+            times.append(time.process_time() - started)
+        found[name] = statistics.median(times) / (len(cloud) if cloud.dim() == 3 else 1)
+    for steps in (4,) if given.quick else (50, 100, 200, 400, 800):
+        with tempfile.TemporaryDirectory() as folder:
+            solver, seconds = per_step(steps, method, folder)
+        found |= {"solver_steps": steps, "solver_cpu": seconds}
+        found["solver_error"] = error_of(solver, method, pushed(solver))
+        if found["solver_error"] <= found["error"]:
+            break
+    return found | {"ratio": found["solver_cpu"] / found["seconds"]}
+
+
+def warm(case: str, seed: int, given: argparse.Namespace) -> dict:
+    folder = given.runs / f"{case}_{seed}"
+    method = trained(config_of(case, seed, given.steps), folder)[0].info["config"]["method"]
+    found: dict = {"along": []}
+    for steps in (2,) if given.quick else (1, 25, 50, 100, 200, 400):
+        for name, changes in (("cold", {}), ("warm", {"init_from_operator": str(folder)})):
+            with tempfile.TemporaryDirectory() as scratch:
+                flow, cpu = per_step(steps, method, scratch, **changes)
+            residual = flow.transports[0].record["residual"]
+            error = error_of(flow, method, pushed(flow))
+            found["along"].append([name, steps, residual, error, cpu])
+            found |= {f"{name}_{steps}_residual": residual, f"{name}_{steps}_error": error, f"{name}_{steps}_cpu": cpu}
+    return found
+
+
+def cells(given: argparse.Namespace) -> dict[str, Callable[[], dict]]:
+    """Name -> what computes it, in the order in which they are worth having."""
+    found: dict[str, Callable[[], dict]] = {}
+    for seed in range(given.seeds):
+        if "accuracy" in given.parts:
+            for case in list(CASES)[:1] if given.quick else CASES:
+                found[f"accuracy/{case}/{seed}"] = lambda c=case, s=seed: accuracy(c, s, given)
+        if "ablation" in given.parts:
+            for variant in list(ABLATIONS)[:2] if given.quick else ABLATIONS:
+                found[f"ablation/{variant}/{seed}"] = lambda v=variant, s=seed: ablation(v, s, given)
+        if "speed" in given.parts:
+            found[f"speed/heat_1/{seed}"] = lambda s=seed: speed("heat_1", s, given)
+        if "warm" in given.parts:
+            found[f"warm/heat_1/{seed}"] = lambda s=seed: warm("heat_1", s, given)
+    return found
+
+
+def table(results: dict) -> str:
+    """Markdown, one table a part: a row for each cell, the columns that any of its cells has."""
+    lines: list[str] = []
+    for part in dict.fromkeys(key.split("/")[0] for key in results):
+        rows = {key.partition("/")[2]: cell for key, cell in results.items() if key.startswith(part + "/")}
+        columns = list(dict.fromkeys(c for cell in rows.values() for c in cell if c != "along"))
+        lines += [f"| {part} | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+        lines += ["| --- " * (len(columns) + 1) + "|"]
+        for case, cell in rows.items():
+            lines.append(f"| {case} | " + " | ".join(f"{cell[c]:.3g}" if c in cell else "" for c in columns) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="accuracy,ablation,speed,warm")
+    parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps, instead of the configs' own")
+    parser.add_argument("--runs", type=Path, default=Path("runs/operator_benchmark"))
+    parser.add_argument("--quick", action="store_true", help="few steps, one seed: shows that it runs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "operator.json")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.quick:
+        given.seeds, given.steps, given.out = 1, 8, given.out.with_name("operator_quick.json")
+        given.runs = Path(tempfile.mkdtemp())
+    results: dict = yaml.safe_load(given.out.read_text()) if given.out.exists() and not given.quick else {}
+    for key, compute in cells(given).items():
+        if key in results or given.only not in key:
+            continue
+        results[key] = compute()
+        print(key, {k: float(f"{v:.4g}") for k, v in results[key].items() if k != "along"}, flush=True)
+        if not given.quick:
+            write_json(given.out, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

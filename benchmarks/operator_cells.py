@@ -1,0 +1,59 @@
+"""The runs that benchmarks/operator.py trains: configs of configs/operator, and changes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+import gengrad
+from gengrad.config import read_config
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "operator"
+QUADRATIC = {"name": "potential", "potential": {"name": "quadratic"}}
+WELLS = {"name": "potential", "potential": {"name": "double_well", "height": 0.5}}
+ENTROPY = {"name": "entropy"}
+LINE = {"source": {"name": "gaussian", "mean": [0.5], "covariance": [[0.5]]}, "data": {"name": "space", "dimension": 1}}
+PLANE = {
+    "source": {"name": "gaussian", "mean": [1.0, -0.5], "covariance": [[0.4, 0.15], [0.15, 0.25]]},
+    "data": {"name": "space", "dimension": 2},
+}
+WIDER = {"width": 48}  # the network of the plane
+# case -> (config, changes of its sections)
+CASES: dict[str, tuple[str, dict]] = {
+    "heat_1": ("heat", {}),
+    "fokker_planck_1": ("heat", {"method": {"functional": [QUADRATIC, ENTROPY]}}),
+    "double_well_1": ("heat", {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}}),
+    "fokker_planck_2": ("fokker_planck", {}),
+    "heat_2": ("fokker_planck", {"method": {"functional": "entropy"}}),
+    "porous_medium_1": ("porous_medium", {}),
+    "aggregation_1": ("aggregation", {}),
+}
+ABLATIONS: dict[str, dict] = {
+    "full": {},
+    "initial densities only": {"rollout": False},
+    "without average": {"average": False},
+    "without fresh": {"fresh": 0.0},
+    "without curriculum": {"curriculum": 0.0},
+}
+
+
+def config_of(case: str, seed: int, steps: int | None = None, **method) -> dict:
+    """The raw config of a case; ``steps`` of training instead of its own, other settings of the ``method``."""
+    name, changes = CASES[case]
+    raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | {"seed": seed, "device": "cpu"}
+    for section, values in changes.items():
+        raw[section] = {**raw[section], **values}
+    raw["method"] |= method
+    if steps:
+        raw["train"] |= {"steps": steps, "warmup": min(100, steps // 4), "checkpoint_every": steps}
+    return raw
+
+
+def trained(raw: dict, folder: Path) -> tuple:
+    """(flow, CPU-seconds of its training), from ``folder`` where it has been trained before."""
+    told = folder / "cpu_seconds.txt"
+    if not told.exists():
+        outcome = gengrad.train(read_config({**raw, "out": str(folder)}), quiet=True)
+        told.write_text(str(outcome.cpu_seconds))
+    return gengrad.load(folder), float(told.read_text())

@@ -24,6 +24,7 @@ class Members(ABC):
     """``count`` measures of a family on R^d, all at once."""
 
     spare = 0  # coordinates of u beyond d
+    smooth = False  # positive with derivatives everywhere, so that integrals can be taken by parts
 
     @abstractmethod
     def push(self, u: Tensor) -> Tensor:
@@ -32,6 +33,14 @@ class Members(ABC):
     @abstractmethod
     def log_density(self, x: Tensor) -> Tensor:
         """log rho at x (count, n, d) -> (count, n)."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """grad log rho at x, like x; NaN where the density is not smooth."""
+        if not self.smooth:
+            return torch.full_like(x, math.nan)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.log_density(leaf).sum(), leaf)[0]
 
 
 class Family(Configured, ABC):
@@ -64,6 +73,7 @@ class GaussianMembers(Members):
     """sum_c w_c N(m_c, L_c L_c'): means (count, c, d), lower factors L (count, c, d, d), weights (count, c)."""
 
     spare = 1  # says which component
+    smooth = True
 
     def __init__(self, means: Tensor, factors: Tensor, weights: Tensor):
         self.means, self.factors, self.weights = means, factors, weights
@@ -262,14 +272,14 @@ Families = Annotated[list[dict], BeforeValidator(read_families)]
 
 def clouds(
     families: Sequence[dict], count: int, n: int, dimension: int, generator: torch.Generator, even: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(x (count, n, d), log rho (count, n)), float32: clouds of ``count`` measures, the families equally often.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho (count, n), float32.
 
     ``even``: from a Sobol net of the cube, shifted at random for each measure (Cranley and Patterson 1976), of which
     each half is spread evenly too where n is a power of two; else from independent points.
     """
     family_of = torch.randint(len(families), (count,), generator=generator)
-    x, log_rho = torch.empty(count, n, dimension), torch.empty(count, n)
+    x, log_rho, score = torch.empty(count, n, dimension), torch.empty(count, n), torch.empty(count, n, dimension)
     for number, settings in enumerate(families):
         rows = (family_of == number).nonzero()[:, 0]
         if not len(rows):
@@ -279,7 +289,8 @@ def clouds(
         points = members.push(u)
         # densities at the points as they are stored: on the edge of a support rounding decides
         x[rows], log_rho[rows] = points.float(), members.log_density(points).float()
-    return x, log_rho
+        score[rows] = members.score(points).float()
+    return x, log_rho, score
 
 
 def points_of_the_cube(count: int, n: int, k: int, generator: torch.Generator, even: bool = True) -> Tensor:

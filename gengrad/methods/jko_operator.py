@@ -17,11 +17,12 @@ from gengrad.flows.density_cloud import matched
 from gengrad.flows.flow import Flow
 from gengrad.flows.operator import OperatorTransport, energies_of, family_of, push, rollout
 from gengrad.flows.transports import Transport
-from gengrad.functionals.expression import Expression, build_expression, has_pairs, needs_density, takes
+from gengrad.functionals.base import Density
+from gengrad.functionals.expression import Expression, build_expression, gradient_of, has_pairs, needs_density, takes
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem
 from gengrad.methods.state_buffer import StateBuffer
-from gengrad.networks.set_operator import LARGEST_JACOBIAN, determinant, log_without_folds
+from gengrad.networks.set_operator import FOLD, LARGEST_JACOBIAN, determinant, log_without_folds
 from gengrad.registry import METHODS, Settings, settings_of
 
 SEEN = 256  # fresh measures by which the range of the training family is told
@@ -107,6 +108,57 @@ def step_loss(
     return torch.stack([jko.objective(*row) for row in rows]).mean() / jko.tau
 
 
+def loss_by_log_det(jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor) -> Tensor:
+    """``step_loss`` through log det DT: for any density, also one that ends at an edge."""
+    y, jacobian = network(x, seen, jko.tau, jacobian=True)
+    return step_loss(jko, x, y, log_rho, log_without_folds(determinant(jacobian)))
+
+
+def loss_by_score(
+    jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor, moved: Tensor, det: Tensor,
+    after: Tensor,
+) -> Tensor:  # fmt: skip
+    """``step_loss`` with the gradient E <(T x - x) / tau + grad dF/drho'(T x), dT>, internal energies by parts.
+
+    On average that is the gradient through log det, for smooth densities on all of space; but at the minimum it is
+    zero particle by particle. ``moved``, ``det``, ``after``: T x, det DT and the score there, of ``pushed_density``.
+    """
+    flat = [values.flatten(0, 1) for values in (moved, log_rho - det.log(), after)]
+    field = gradient_of(jko.functional, flat[0], Density(flat[1], flat[2])).view_as(x) + (moved - x) / jko.tau
+    slope = (field * network(x, seen, jko.tau)).sum(-1).mean()
+    with torch.no_grad():
+        value = step_loss(jko, x, moved, log_rho, det.log())
+    return value + slope - slope.detach()
+
+
+def pushed_density(
+    network: nn.Module, x: Tensor, seen: Tensor, tau: float, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T x, det DT, grad log rho'(T x)) for x and score (measures, n, d), detached; the context that of ``seen``.
+
+    log rho'(T x) = log rho(x) - log det DT(x), so that grad log rho'(T x) = DT^{-T} (score - grad log det DT).
+    """
+    if not bool(score.isfinite().any()):  # no measure is smooth
+        with torch.no_grad():
+            moved, jacobian = network(x, seen, tau, jacobian=True)
+        return moved, determinant(jacobian), score
+    with torch.no_grad():
+        context = network.context(seen, tau)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        moved, jacobian = network(leaf, context, jacobian=True)
+        det = determinant(jacobian)
+        (slope,) = torch.autograd.grad(det.clamp_min(FOLD).log().sum(), leaf)
+    jacobian, det = jacobian.detach(), det.detach()
+    after = score - slope
+    # one division on the line; a singular matrix is that of a fold, whose density is not used
+    safe = (
+        jacobian if x.shape[-1] == 1 else jacobian + (det.abs() < 1e-6)[..., None, None] * torch.eye(x.shape[-1]).to(x)
+    )
+    after = after / safe[..., 0] if x.shape[-1] == 1 else torch.linalg.solve(safe.mT, after[..., None])[..., 0]
+    return moved.detach(), det, after
+
+
 class OperatorStage(Stage):
     """The operator's training: batches of measures, of which the buffer's grow older as the operator moves them."""
 
@@ -133,45 +185,59 @@ class OperatorStage(Stage):
     ) -> tuple[Tensor, dict[str, float]]:
         if self.config.rollout and part.piece == 0 and part.step and part.step % EVERY == 0:
             self._advance(part)
-        x, log_rho, ages = self._batch(part, generator)
-        jko, network = JKOProblem(self.functional, self._tau(generator)), networks["operator"]
-        seen, x = x[:, : self.half], x[:, self.half :]
-        log_det, folded = None, 0.0
-        if jko.needs_density:
-            y, jacobian = network(x, seen, jko.tau, jacobian=True)
-            det = determinant(jacobian)
-            log_rho, log_det, folded = log_rho[:, self.half :], log_without_folds(det), float((det <= 0).float().mean())
+        *batch, ages = self._batch(part, generator)
+        jko, network, own = (
+            JKOProblem(self.functional, self._tau(generator)),
+            networks["operator"],
+            self.networks["operator"],
+        )
+        seen, (x, log_rho, score) = batch[0][:, : self.half], (values[:, self.half :] for values in batch)
+        if not jko.needs_density:
+            loss = step_loss(jko, x, network(x, seen, jko.tau))
+        elif has_pairs(jko.functional):
+            loss = loss_by_log_det(jko, network, x, seen, log_rho)
         else:
-            y, log_rho = network(x, seen, jko.tau), None
-        loss = step_loss(jko, x, y, log_rho, log_det)
-        move = float((y - x).detach().square().sum(-1).mean())
-        logs = {"energy": float(loss.detach()) - move / (2 * jko.tau), "move": move, "age": float(ages.float().mean())}
+            loss = self._mixed(jko, network, own, x, seen, log_rho, score)
         dropped = self.states.dropped / max(self.states.advanced, 1)
-        return loss, {**logs, "horizon": self._horizon(part.step), "dropped": dropped, "folded": folded}
+        return loss, {"age": float(ages.float().mean()), "horizon": self._horizon(part.step), "dropped": dropped}
 
-    def _batch(self, part: Part, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Clouds, their log densities and ages: this process's rows of the batch, fresh measures first."""
+    def _mixed(self, jko: JKOProblem, network: nn.Module, own: nn.Module, *batch: Tensor) -> Tensor:
+        """The loss by scores where measures have one, and by log det for the others, each by its share."""
+        x, seen, log_rho, score = batch
+        moved, det, after = pushed_density(own, x, seen, jko.tau, score)
+        smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
+        total = x.new_zeros(())
+        if smooth.any():
+            given = (values[smooth] for values in (x, seen, log_rho, moved, det, after))
+            total = total + smooth.double().mean().float() * loss_by_score(jko, network, *given)
+        if not smooth.all():
+            given = (values[~smooth] for values in (x, seen, log_rho))
+            total = total + (~smooth).double().mean().float() * loss_by_log_det(jko, network, *given)
+        return total
+
+    def _batch(self, part: Part, generator: torch.Generator) -> list[Tensor]:
+        """Clouds, log densities, scores and ages: this process's rows of the batch, fresh measures first."""
         fresh = part.size if not self.config.rollout else math.ceil(self.config.fresh * part.size)
-        x, log_rho = self.clouds(fresh, 2 * self.half, self.d, generator)
-        ages = torch.zeros(fresh, dtype=torch.long)
+        batch = [*self.clouds(fresh, 2 * self.half, self.d, generator), torch.zeros(fresh, dtype=torch.long)]
         if fresh < part.size:
-            rows = self.states.pick(part.size - fresh, generator)
-            x, log_rho = torch.cat([x, self.states.x[rows]]), torch.cat([log_rho, self.states.log_rho[rows]])
-            ages = torch.cat([ages, self.states.age[rows]])
-        rows = part.rows()
-        return x[rows].to(self.problem.device), log_rho[rows].to(self.problem.device), ages[rows]
+            rows, states = self.states.pick(part.size - fresh, generator), self.states
+            older = (states.x, states.log_rho, states.score, states.age)
+            batch = [torch.cat([new, old[rows]]) for new, old in zip(batch, older)]
+        return [values[part.rows()].to(self.problem.device) for values in batch]
 
     def _advance(self, part: Part) -> None:
         network = self.averages.get("operator") if self.config.average else None
         network = network or self.networks["operator"]
         generator = generator_for(self.problem.seed, "operator/tau", part.step)
         tau, device = self._tau(generator), self.problem.device
-        carried = self.functional.needs_density
 
-        def move(x: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
-            x = x.to(device)
-            y, log_after = push(network, x, tau, log_rho.to(device) if carried else None, x[:, : self.half])
-            return y.cpu(), log_after.cpu() if carried else log_rho
+        def move(*state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x, log_rho, score = (values.to(device) for values in state)
+            seen = x[:, : self.half]
+            if not self.functional.needs_density:
+                return push(network, x, tau, particles=seen)[0].cpu(), state[1], state[2]
+            y, det, after = pushed_density(network, x, seen, tau, score)
+            return y.cpu(), (log_rho - det.log()).cpu(), after.cpu()  # a fold: NaN, so that the state is dropped
 
         count = max(1, self.config.buffer // 4)
         self.states.advance(move, count, self._horizon(part.step))

@@ -12,12 +12,14 @@ from gengrad.data.draws import generator_for
 from gengrad.data.families import clouds
 
 RISE = 1e-3  # relative rise of a state's energy in a step from which on it is dropped: more than rounding
-Push = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Push = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 Energy = Callable[[Tensor, Tensor], Tensor]
 
 
 class StateBuffer:
-    """``size`` clouds x (size, n, d) with log rho (size, n), their ``age`` in steps and their energy.
+    """``size`` clouds x (size, n, d) with log rho (size, n) and the score (size, n, d; NaN where a density is not
+
+    smooth), their ``age`` in steps and their energy.
 
     A state lives until its age reaches the horizon, or until it goes wrong: then a fresh initial measure takes its
     place. The first lives have lengths from a step to the horizon, so that ages do not march in step afterwards.
@@ -27,6 +29,7 @@ class StateBuffer:
     def __init__(self, families: list[dict], size: int, particles: int, dimension: int, energy: Energy, seed: int):
         self.families, self.seed, self.energy_of = families, seed, energy
         self.x, self.log_rho = torch.empty(size, particles, dimension), torch.empty(size, particles)
+        self.score = torch.empty(size, particles, dimension)
         self.age, self.energy = torch.zeros(size, dtype=torch.long), torch.empty(size, dtype=torch.float64)
         self.share = (torch.randperm(size, generator=generator_for(seed, "operator/lives")) + 1).double() / size
         self.position = self.filled = self.dropped = self.advanced = 0
@@ -36,26 +39,26 @@ class StateBuffer:
         """Fresh measures in ``rows``."""
         generator = generator_for(self.seed, "operator/states", self.filled)
         self.filled += 1
-        x, log_rho = clouds(self.families, len(rows), self.x.shape[1], self.x.shape[2], generator)
-        self.x[rows], self.log_rho[rows], self.age[rows] = x, log_rho, 0
+        x, log_rho, score = clouds(self.families, len(rows), self.x.shape[1], self.x.shape[2], generator)
+        self.x[rows], self.log_rho[rows], self.score[rows], self.age[rows] = x, log_rho, score, 0
         self.energy[rows] = self.energy_of(x, log_rho)
 
     @torch.no_grad()
     def advance(self, push: Push, count: int, horizon: int) -> None:
-        """Moves the next ``count`` states by one step; ``push(x, log rho)`` gives both after it.
+        """Moves the next ``count`` states by one step; ``push(x, log rho, score)`` gives all three after.
 
         A state whose points or densities are not finite, or whose energy rose, is dropped.
         """
         rows = torch.arange(self.position, self.position + count) % len(self.x)
         self.position = int(self.position + count) % len(self.x)
-        x, log_rho = push(self.x[rows], self.log_rho[rows])
+        x, log_rho, score = push(self.x[rows], self.log_rho[rows], self.score[rows])
         sound = x.isfinite().all(-1).all(-1) & log_rho.isfinite().all(-1)
         energy = torch.full((len(rows),), math.inf, dtype=torch.float64)
         if sound.any():
             energy[sound] = self.energy_of(x[sound], log_rho[sound])
         before = self.energy[rows]
         kept = sound & (energy <= before + RISE * (1 + before.abs()))  # false for NaN too
-        self.x[rows[kept]], self.log_rho[rows[kept]] = x[kept], log_rho[kept]
+        self.x[rows[kept]], self.log_rho[rows[kept]], self.score[rows[kept]] = x[kept], log_rho[kept], score[kept]
         self.energy[rows], self.age[rows] = energy, self.age[rows] + 1
         over = self.age[rows] >= (self.share[rows] * horizon).ceil().clamp_min(1)
         self.dropped, self.advanced = self.dropped + int((~kept).sum()), self.advanced + count
@@ -70,7 +73,7 @@ class StateBuffer:
         return torch.multinomial(weights, count, replacement=True, generator=generator)
 
     def state(self) -> dict:
-        tensors = {name: getattr(self, name).clone() for name in ("x", "log_rho", "age", "energy", "share")}
+        tensors = {name: getattr(self, name).clone() for name in ("x", "log_rho", "score", "age", "energy", "share")}
         return tensors | {name: getattr(self, name) for name in ("position", "filled", "dropped", "advanced")}
 
     def load_state(self, state: dict) -> None:

@@ -44,9 +44,18 @@ def test_the_samples_have_that_density(name, d):
 
 @pytest.mark.parametrize(("name", "d"), CASES)
 def test_every_sample_lies_where_its_density_is_positive(name, d):
-    x, log_rho = clouds([{"name": name}], 4, 256, d, generator())
+    x, log_rho, score = clouds([{"name": name}], 4, 256, d, generator())
     assert x.shape == (4, 256, d) and log_rho.shape == (4, 256)
     assert x.isfinite().all() and log_rho.isfinite().all()
+    assert score.isfinite().all() if name in ("gaussians", "mixtures") else score.isnan().all()
+
+
+def test_the_score_of_a_gaussian_is_its_closed_form():
+    members = FAMILIES.build({"name": "gaussians"}).members(2, 2, generator())
+    x = torch.randn(2, 5, 2, dtype=torch.float64)
+    covariance = members.factors[:, 0] @ members.factors[:, 0].mT
+    closed = -torch.linalg.solve(covariance, (x - members.means).mT).mT
+    assert torch.allclose(members.score(x), closed, atol=1e-10)
 
 
 def test_the_log_density_of_a_gaussian_is_its_closed_form():

@@ -18,8 +18,8 @@ def buffer(size=12, seed=0):
     return StateBuffer(FAMILIES, size, 16, 2, second_moment, seed)
 
 
-def shrink(x, log_rho):
-    return x / 2, log_rho + 2 * math.log(2)
+def shrink(x, log_rho, score):
+    return x / 2, log_rho + 2 * math.log(2), 2 * score
 
 
 def test_a_state_moves_and_ages_and_keeps_its_place():
@@ -50,11 +50,11 @@ def test_after_the_first_lives_all_ages_are_there_at_once():
 
 
 def test_states_that_are_not_finite_or_whose_energy_rose_are_dropped():
-    def bad(x, log_rho):
-        x, log_rho = shrink(x, log_rho)
+    def bad(x, log_rho, score):
+        x, log_rho, score = shrink(x, log_rho, score)
         x[0, 0], log_rho[1, 0] = math.nan, math.inf
         x[2] *= 4  # twice as large as before
-        return x, log_rho
+        return x, log_rho, score
 
     states = buffer()
     states.share.fill_(1.0)

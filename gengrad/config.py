@@ -205,9 +205,14 @@ def _fitting_network(network: str, method: str, problems: list) -> None:
         problems.append(
             (
                 "network.name",
-                f"{network!r} is a {learns[network]}, method {method!r} learns a {wanted}; take one of: {fitting}",
+                f"{network!r} is {_article(learns[network])} {learns[network]}, method {method!r} learns "
+                f"{_article(wanted)} {wanted}; take one of: {fitting}",
             )
         )
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
 
 
 def _origin(key: str, origins: dict[str, str], where: str) -> str:

@@ -57,7 +57,7 @@ def test_half_the_exact_step_is_half_the_way_off():
 
 
 def test_a_step_that_concentrates_raises_the_entropy_and_is_told():
-    source, x, log_rho = normal()
+    _, x, log_rho = normal()
     (row,) = judge_rollout(heat(slope=-1.0), Entropy(), x, log_rho, 1)
     assert row["rose"] and "gap" not in row
 

@@ -39,7 +39,7 @@ from gengrad.config import read_config
 from gengrad.data.draws import draw
 from gengrad.evaluation.operators import judge_held_out, judge_source, on_the_line
 from gengrad.files import write_json
-from gengrad.functionals.expression import build_expression
+from gengrad.flows.operator import OperatorTransport, operator_of
 from gengrad.rollouts import more_components
 
 ROLLOUTS = 16
@@ -92,11 +92,6 @@ def ablation(variant: str, seed: int, given: argparse.Namespace) -> dict:
     return {**found, "fell": held["fell"], "along": [held["share_along"], held["gap_along"]]}
 
 
-def solved(functional: object, tau: float, x: torch.Tensor, log_rho: torch.Tensor, law: object) -> torch.Tensor:
-    """Where the exact implicit step brings x."""
-    return on_the_line(build_expression(functional), tau, law.log_density, x, log_rho)(1)[0]
-
-
 def per_step(steps: int, method: dict, folder: str, **changes) -> tuple:
     """(flow of one step, CPU-seconds) of the per-step solver from the mixture."""
     raw = {
@@ -111,10 +106,10 @@ def per_step(steps: int, method: dict, folder: str, **changes) -> tuple:
     return gengrad.load(folder), outcome.cpu_seconds
 
 
-def error_of(flow: gengrad.Flow, method: dict, move: Callable) -> float:
+def error_of(law: gengrad.data.GaussianMixture, operator: OperatorTransport, move: Callable) -> float:
     """Root of E|X - X_ref|^2 after one step from the mixture, as a share of the way."""
-    x = draw(flow.source, 0, 4096, 1, "source").double()
-    truth = solved(method["functional"], method["tau"], x, flow.source.log_density(x), flow.source)
+    x = draw(law, 0, 4096, 1, "source").double()
+    truth = on_the_line(operator, law.log_density, x, law.log_density(x))(1)[0]
     with torch.no_grad():
         return float(((move(x) - truth).square().mean() / (x - truth).square().mean()).sqrt())
 
@@ -126,10 +121,10 @@ def pushed(flow: gengrad.Flow) -> Callable:
 
 def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
     flow, cpu = trained(config_of(case, seed, given.steps), given.runs / f"{case}_{seed}")
-    method, found = flow.info["config"]["method"], {"training_cpu": cpu}
+    method, operator, found = flow.info["config"]["method"], operator_of(flow), {"training_cpu": cpu}
     law = gengrad.data.GaussianMixture(**{key: value for key, value in SOURCE.items() if key != "name"})
     x, double = draw(law, 0, 1024, 1, "source"), flow.double()
-    found["error"] = error_of(gengrad.Flow(law), method, lambda x: double.step(x).double())
+    found["error"] = error_of(law, operator, lambda x: double.step(x).double())
     flow = flow.float()
     for name, cloud in (("seconds", x), ("batch_seconds", x.expand(16, -1, -1).contiguous())):
         times = []
@@ -142,7 +137,7 @@ def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             solver, seconds = per_step(steps, method, folder)
         found |= {"solver_steps": steps, "solver_cpu": seconds}
-        found["solver_error"] = error_of(solver, method, pushed(solver))
+        found["solver_error"] = error_of(law, operator, pushed(solver))
         if found["solver_error"] <= found["error"]:
             break
     return found | {"ratio": found["solver_cpu"] / found["seconds"]}
@@ -150,14 +145,15 @@ def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
 
 def warm(case: str, seed: int, given: argparse.Namespace) -> dict:
     folder = given.runs / f"{case}_{seed}"
-    method = trained(config_of(case, seed, given.steps), folder)[0].info["config"]["method"]
+    start = trained(config_of(case, seed, given.steps), folder)[0]
+    method, operator = start.info["config"]["method"], operator_of(start)
     found: dict = {"along": []}
     for steps in (2,) if given.quick else (1, 50, 200):
         for name, changes in (("cold", {}), ("warm", {"init_from_operator": str(folder)})):
             with tempfile.TemporaryDirectory() as scratch:
                 flow, cpu = per_step(steps, method, scratch, **changes)
             residual = flow.transports[0].record["residual"]
-            error = error_of(flow, method, pushed(flow))
+            error = error_of(flow.source, operator, pushed(flow))
             found["along"].append([name, steps, residual, error, cpu])
             found |= {f"{name}_{steps}_residual": residual, f"{name}_{steps}_error": error, f"{name}_{steps}_cpu": cpu}
     return found

@@ -12,13 +12,12 @@ from torch import Tensor
 from gengrad.data.base import Distribution
 from gengrad.data.draws import draw, generator_for
 from gengrad.data.families import Members, points_of_the_cube
-from gengrad.evaluation.line import Line, carried, implicit_step
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
 from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import matched
 from gengrad.flows.flow import Flow
+from gengrad.flows.line import Line, carried, implicit_step
 from gengrad.flows.operator import OperatorTransport, energies_of, operator_of, push, rollout
-from gengrad.functionals.base import Functional
 from gengrad.ot import bures_map
 from gengrad.registry import FAMILIES
 
@@ -26,13 +25,13 @@ State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them
 Reference = Callable[[int], State]  # step -> the state that exact implicit steps lead to, from the same points
 
 
-def reference_of(method: dict, functional: Functional, law: Distribution, x: Tensor, log_rho: Tensor) -> Reference:
+def reference_of(transport: OperatorTransport, law: Distribution, x: Tensor, log_rho: Tensor) -> Reference:
     """Where exact implicit steps bring the points x (n, d) of ``law``; raises ``ValueError`` where nothing is known.
 
     Gaussians under quadratic potentials and entropy, profiles that keep their shape: closed forms. On the line any
     density under potential and internal energies: ``implicit_step``.
     """
-    truth = truth_of_flow(method, law)
+    truth = truth_of_flow({"functional": transport.terms, "tau": transport.tau}, law)
     if isinstance(truth, GaussianTruth):
         return lambda k: _affine(*bures_map(*truth.implicit(0), *truth.implicit(k)), x, log_rho)
     if isinstance(truth, RadialTruth):
@@ -40,19 +39,19 @@ def reference_of(method: dict, functional: Functional, law: Distribution, x: Ten
         return lambda k: _affine(eye * truth.implicit(k) / truth.implicit(0), torch.zeros(1).double(), x, log_rho)
     if x.shape[1] > 1:
         raise ValueError("no reference is known here: neither a closed form nor a density on the line")
-    return on_the_line(functional, method["tau"], law.log_density, x, log_rho)
+    return on_the_line(transport, law.log_density, x, log_rho)
 
 
 def on_the_line(
-    functional: Functional, tau: float, log_density: Callable[[Tensor], Tensor], x: Tensor, log_rho: Tensor
+    transport: OperatorTransport, log_density: Callable[[Tensor], Tensor], x: Tensor, log_rho: Tensor
 ) -> Reference:
     """The reference by the solver on the line, each step solved when it is first asked for."""
     reach = 2 * float(x.abs().max()) + 1
-    lines = [Line.of(log_density, -reach, reach)]
+    functional, lines = transport.functional(), [Line.of(log_density, -reach, reach)]
 
     def state(k: int) -> State:
         while len(lines) <= k:
-            lines.append(implicit_step(functional, lines[-1], tau))
+            lines.append(implicit_step(functional, lines[-1], transport.tau))
         return carried(lines[0], lines[k], x, log_rho)
 
     return state
@@ -64,7 +63,7 @@ def _affine(q: Tensor, b: Tensor, x: Tensor, log_rho: Tensor | None) -> State:
 
 
 def judge_rollout(
-    transport: OperatorTransport, functional: Functional, x: Tensor, log_rho: Tensor | None, steps: int,
+    transport: OperatorTransport, x: Tensor, log_rho: Tensor | None, steps: int,
     reference: Reference | None = None, particles: Tensor | None = None,
 ) -> list[dict]:  # fmt: skip
     """One row a step of a rollout from x (n, d), the context from ``particles`` (default: x).
@@ -73,7 +72,8 @@ def judge_rollout(
     reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``: the
     reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step.
     """
-    seen, needs = x if particles is None else particles, functional.needs_density
+    functional, seen = transport.functional(), x if particles is None else particles
+    needs = functional.needs_density
     state, rows = (x, log_rho if needs else None), []
 
     def energy(state: State) -> float:
@@ -109,9 +109,9 @@ def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dic
     reference = None
     if log_rho is not None:
         with suppress(ValueError):  # none is known
-            reference = reference_of(_method(flow), functional, source, x, log_rho)
+            reference = reference_of(transport, source, x, log_rho)
             reference(0)
-    rows = judge_rollout(network, functional, x, log_rho, steps, reference)
+    rows = judge_rollout(network, x, log_rho, steps, reference)
     return rows, rollout(network.network, x, transport.tau, steps)
 
 
@@ -125,7 +125,6 @@ def judge_held_out(
     of all; ``_along``: the mean after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
-    functional = transport.functional()
     fell, gaps, shares = [], [], []  # gaps and shares: lists along the steps
     for number in range(count):
         generator = generator_for(seed, "operator/held out", number)
@@ -137,9 +136,9 @@ def judge_held_out(
         if d == 1 and settings["name"] != "annuli":  # whose density has a gap
             with suppress(ValueError):
                 law = partial(_of_one, members)
-                reference = on_the_line(functional, transport.tau, law, x[0], log_rho)
+                reference = on_the_line(transport, law, x[0], log_rho)
                 reference(1)
-        rows = judge_rollout(transport, functional, x[0], log_rho, steps, reference)
+        rows = judge_rollout(transport, x[0], log_rho, steps, reference)
         fell.append(not any(row["rose"] for row in rows))
         if "gap" in rows[0]:
             gaps.append([abs(row["gap"]) for row in rows])
@@ -155,9 +154,3 @@ def judge_held_out(
 
 def _of_one(members: Members, x: Tensor) -> Tensor:
     return members.log_density(x[None])[0]
-
-
-def _method(flow: Flow) -> dict:
-    """What ``truth_of_flow`` reads of a method's settings."""
-    transport = operator_of(flow)
-    return {"functional": transport.terms, "tau": transport.tau}

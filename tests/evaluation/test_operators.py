@@ -15,21 +15,20 @@ from gengrad.data.profiles import Barenblatt
 from gengrad.evaluation.operators import judge_held_out, judge_rollout, on_the_line, reference_of
 from gengrad.flows import Flow, OperatorTransport
 from gengrad.flows.density_cloud import matched
-from gengrad.functionals import Entropy, PowerEntropy
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import SetOperator
 
 TAU = 0.1
 K = (1 + math.sqrt(1 + 4 * TAU)) / 2  # of the exact heat step from variance 1
-HEAT = {"functional": read_expression("entropy"), "tau": TAU}
+HEAT = read_expression("entropy")
 
 
-def heat(d=1, slope=(K - 1) / TAU) -> OperatorTransport:
+def heat(d=1, slope=(K - 1) / TAU, terms=HEAT, tau=TAU) -> OperatorTransport:
     """T x = mean + (1 + tau slope / scale) (x - mean): exact from a standard normal, by default."""
     network = SetOperator(event_shape=(d,), width=8, tokens=2, heads=2)
     with torch.no_grad():
         network.affine.bias.copy_(torch.cat([slope * torch.eye(d), torch.zeros(d, 1)], 1).flatten())
-    return OperatorTransport(network, torch.randn(1, 8, d), torch.empty(0, d), TAU, HEAT["functional"]).double()
+    return OperatorTransport(network, torch.randn(1, 8, d), torch.empty(0, d), tau, terms).double()
 
 
 def normal(n=2000, d=1):
@@ -41,7 +40,7 @@ def normal(n=2000, d=1):
 @pytest.mark.parametrize("d", [1, 2])
 def test_the_exact_step_of_heat_has_no_gap(d):
     source, x, log_rho = normal(d=d)
-    (row,) = judge_rollout(heat(d), Entropy(), x, log_rho, 1, reference_of(HEAT, Entropy(), source, x, log_rho))
+    (row,) = judge_rollout(heat(d), x, log_rho, 1, reference_of(heat(d), source, x, log_rho))
     # the network's weights are float32
     assert abs(row["gap"]) < 1e-6 and row["share"] < 1e-6 and not row["rose"]
     assert row["energy_before"] - row["energy"] == pytest.approx(d * math.log(K), abs=1e-6)
@@ -51,30 +50,30 @@ def test_the_exact_step_of_heat_has_no_gap(d):
 def test_half_the_exact_step_is_half_the_way_off():
     source, x, log_rho = normal()
     operator = heat(slope=(K - 1) / TAU / 2)
-    (row,) = judge_rollout(operator, Entropy(), x, log_rho, 1, reference_of(HEAT, Entropy(), source, x, log_rho))
+    (row,) = judge_rollout(operator, x, log_rho, 1, reference_of(operator, source, x, log_rho))
     assert row["share"] == pytest.approx(0.5, abs=1e-6)
     assert row["gap"] == pytest.approx(1 - math.log((1 + K) / 2) / math.log(K), abs=1e-6)
 
 
 def test_a_step_that_concentrates_raises_the_entropy_and_is_told():
     _, x, log_rho = normal()
-    (row,) = judge_rollout(heat(slope=-1.0), Entropy(), x, log_rho, 1)
+    (row,) = judge_rollout(heat(slope=-1.0), x, log_rho, 1)
     assert row["rose"] and "gap" not in row
 
 
 def test_the_references_agree_where_two_are_known():
     source, x, log_rho = normal()
-    closed = reference_of(HEAT, Entropy(), source, x, log_rho)
-    solved = on_the_line(Entropy(), TAU, source.log_density, x, log_rho)
+    closed = reference_of(heat(), source, x, log_rho)
+    solved = on_the_line(heat(), source.log_density, x, log_rho)
     for k in (0, 1, 4):
         for one, two in zip(closed(k), solved(k)):
             assert torch.allclose(one, two, atol=5e-4)  # 2,000 intervals
     profile = Barenblatt(radius=0.5, m=2.0, dimension=1)
     x = profile.sample(500, generator_for(0, "test")).double() * 0.99  # away from the edge
     log_rho = profile.log_density(x)
-    method = {"functional": read_expression({"name": "power_entropy"}), "tau": 0.01}
-    closed = reference_of(method, PowerEntropy(), profile, x, log_rho)
-    solved = on_the_line(PowerEntropy(), 0.01, profile.log_density, x, log_rho)
+    porous = heat(terms=read_expression({"name": "power_entropy"}), tau=0.01)
+    closed = reference_of(porous, profile, x, log_rho)
+    solved = on_the_line(porous, profile.log_density, x, log_rho)
     assert torch.allclose(closed(2)[0], solved(2)[0], atol=2e-3)
 
 
@@ -82,7 +81,7 @@ def test_where_nothing_is_known_it_says_so():
     law = GaussianMixture(means=[[0.0, 0.0], [1.0, 1.0]])
     x = torch.randn(5, 2)
     with pytest.raises(ValueError, match="no reference is known"):
-        reference_of(HEAT, Entropy(), law, x, law.log_density(x))
+        reference_of(heat(), law, x, law.log_density(x))
 
 
 def test_held_out_measures_are_judged_against_the_solver_on_the_line():

@@ -214,9 +214,7 @@ def test_training_comes_near_the_exact_steps_of_heat(tmp_path):
     x = matched(flow.source.sample(2048, generator_for(0, "test")).double(), flow.source.moments())
     log_rho = flow.source.log_density(x)
     transport = flow.transports[0].double()
-    method = read_config(raw).method
-    reference = reference_of(method, Entropy(), flow.source, x, log_rho)
-    rows = judge_rollout(transport, Entropy(), x, log_rho, 3, reference)
+    rows = judge_rollout(transport, x, log_rho, 3, reference_of(transport, flow.source, x, log_rho))
     assert not any(row["rose"] for row in rows)
     assert max(row["share"] for row in rows) < 0.25 and max(abs(row["gap"]) for row in rows) < 0.25
 

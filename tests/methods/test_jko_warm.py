@@ -56,7 +56,7 @@ def test_a_start_that_is_worse_is_not_taken(tmp_path):
 
 def test_a_good_operator_starts_the_step_better_than_the_best_affine_map(tmp_path, monkeypatch):
     """The operator's map is put in as the exact step of a mixture on the line, solved on nodes."""
-    from gengrad.evaluation.line import Line, carried, implicit_step
+    from gengrad.flows.line import Line, carried, implicit_step
     from gengrad.functionals import Entropy
     from gengrad.methods import jko_warm
 

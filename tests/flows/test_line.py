@@ -7,7 +7,7 @@ import torch
 
 from gengrad.data import GaussianMixture
 from gengrad.data.profiles import Barenblatt
-from gengrad.evaluation.line import Line, carried, implicit_step
+from gengrad.flows.line import Line, carried, implicit_step
 from gengrad.functionals import Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.ot import gaussian_jko_step
 from gengrad.ot.spreading import barenblatt_jko_radius

@@ -150,13 +150,10 @@ def pushed_density(
         det = determinant(jacobian)
         (slope,) = torch.autograd.grad(det.clamp_min(FOLD).log().sum(), leaf)
     jacobian, det = jacobian.detach(), det.detach()
-    after = score - slope
-    # one division on the line; a singular matrix is that of a fold, whose density is not used
-    safe = (
-        jacobian if x.shape[-1] == 1 else jacobian + (det.abs() < 1e-6)[..., None, None] * torch.eye(x.shape[-1]).to(x)
-    )
-    after = after / safe[..., 0] if x.shape[-1] == 1 else torch.linalg.solve(safe.mT, after[..., None])[..., 0]
-    return moved.detach(), det, after
+    # a singular matrix is that of a fold, whose density is not used: anything that can be solved will do
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    safe = torch.where((det.abs() < 1e-6)[..., None, None], eye, jacobian)
+    return moved.detach(), det, torch.linalg.solve(safe.mT, (score - slope)[..., None])[..., 0]
 
 
 class OperatorStage(Stage):
@@ -186,25 +183,21 @@ class OperatorStage(Stage):
         if self.config.rollout and part.piece == 0 and part.step and part.step % EVERY == 0:
             self._advance(part)
         *batch, ages = self._batch(part, generator)
-        jko, network, own = (
-            JKOProblem(self.functional, self._tau(generator)),
-            networks["operator"],
-            self.networks["operator"],
-        )
+        jko, network = JKOProblem(self.functional, self._tau(generator)), networks["operator"]
         seen, (x, log_rho, score) = batch[0][:, : self.half], (values[:, self.half :] for values in batch)
         if not jko.needs_density:
             loss = step_loss(jko, x, network(x, seen, jko.tau))
         elif has_pairs(jko.functional):
             loss = loss_by_log_det(jko, network, x, seen, log_rho)
         else:
-            loss = self._mixed(jko, network, own, x, seen, log_rho, score)
+            loss = self._mixed(jko, network, x, seen, log_rho, score)
         dropped = self.states.dropped / max(self.states.advanced, 1)
         return loss, {"age": float(ages.float().mean()), "horizon": self._horizon(part.step), "dropped": dropped}
 
-    def _mixed(self, jko: JKOProblem, network: nn.Module, own: nn.Module, *batch: Tensor) -> Tensor:
+    def _mixed(self, jko: JKOProblem, network: nn.Module, *batch: Tensor) -> Tensor:
         """The loss by scores where measures have one, and by log det for the others, each by its share."""
         x, seen, log_rho, score = batch
-        moved, det, after = pushed_density(own, x, seen, jko.tau, score)
+        moved, det, after = pushed_density(self.networks["operator"], x, seen, jko.tau, score)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
         if smooth.any():

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from gengrad import plotting
 from gengrad.data.families import read_families
-from gengrad.evaluation.operators import judge_held_out, judge_source
+from gengrad.evaluation.operators import judge_held_out, judge_source, law_of
 from gengrad.evaluation.steps import steps_table
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
 from gengrad.flows.operator import operator_of
 from gengrad.functionals.expression import has_pairs
 
-ROLLOUTS = 16  # from held-out measures
+ROLLOUTS = 8  # from held-out measures
 PARTICLES = 1024  # of each of them
 PAIRS = 2048  # particles of the rollout where every one meets every other
 
@@ -21,13 +21,17 @@ PAIRS = 2048  # particles of the rollout where every one meets every other
 def judge_operator(flow: Flow, folder: Path, *, n: int, seed: int) -> dict:
     """Twice the horizon from the source, and from held-out measures; writes ``steps.json``, ``steps.md`` and pictures.
 
-    ``energy.png`` beside exact implicit steps where they are known, ``rollout.gif`` of the points on their way.
+    ``energy.png`` beside exact implicit steps where they are known, ``rollout.gif`` of the density, or of the points.
     """
     transport, config = operator_of(flow), flow.info["config"]["method"]
     steps, n = 2 * config["jko_steps"], min(n, PAIRS) if has_pairs(transport.functional()) else n
-    rows, states = judge_source(flow, steps, n=n, seed=seed)
+    rows, way = judge_source(flow, steps, n=n, seed=seed)
     plotting.save(plotting.energy_figure(rows), folder / "energy.png")
-    plotting.trajectory_gif(states[:, :1000].float(), folder / "rollout.gif")
+    if way.log_density is not None and way.folded == 0 and way.x.shape[1] <= 2:
+        states = [(x.double(), log_rho.double()) for x, log_rho in zip(way.states, way.log_density)]
+        plotting.density_gif(states, law_of(flow), way.times.tolist(), folder / "rollout.gif")
+    else:
+        plotting.trajectory_gif(way.states[:, :1000], folder / "rollout.gif")
     held_out = {
         name: judge_held_out(flow, families, steps, count=ROLLOUTS, n=PARTICLES, seed=seed)
         for name, families in (("as in training", config["initial"]), ("more components", more_components(config)))

@@ -17,10 +17,11 @@ from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import matched
 from gengrad.flows.flow import Flow
 from gengrad.flows.line import Line, carried, implicit_step
-from gengrad.flows.operator import OperatorTransport, energies_of, operator_of, push, rollout
+from gengrad.flows.operator import Evolution, OperatorTransport, energies_of, operator_of, push
 from gengrad.ot import bures_map
 from gengrad.registry import FAMILIES
 
+NOTICED = 1e-3  # of the fall since the start: a rise that counts, where a rollout has come to rest
 State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them
 Reference = Callable[[int], State]  # step -> the state that exact implicit steps lead to, from the same points
 
@@ -70,7 +71,8 @@ def judge_rollout(
 
     ``energy``, and where there is a reference ``energy_implicit``; ``gap``: their difference as a share of what the
     reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``: the
-    reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step.
+    reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy
+    rose in the step, by more than rounding and than a thousandth of its fall since the start.
     """
     functional, seen = transport.functional(), x if particles is None else particles
     needs = functional.needs_density
@@ -84,7 +86,7 @@ def judge_rollout(
         after = push(transport.network, state[0], transport.tau, state[1], seen)
         seen, state = push(transport.network, seen, transport.tau)[0], after
         row = {"step": k, "time": k * transport.tau, "energy_before": before, "energy": energy(state)}
-        row["rose"] = not row["energy"] <= before + 1e-6 * (1 + abs(before))
+        row["rose"] = not row["energy"] <= before + max(1e-6 * (1 + abs(before)), NOTICED * (start - before))
         if reference is not None:
             truth = reference(k)
             row["energy_implicit"] = energy(truth)
@@ -97,8 +99,8 @@ def judge_rollout(
     return rows
 
 
-def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dict], Tensor]:
-    """(rows of a rollout from the flow's own source, its states (steps + 1, n, d)), beside a reference where known."""
+def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dict], Evolution]:
+    """(rows of a rollout from the flow's own source, the rollout itself), beside a reference where one is known."""
     transport, source = operator_of(flow), flow.source
     functional = transport.functional()
     x = matched(draw(source, 0, n, seed, "source").flatten(1).double(), source.moments())
@@ -112,7 +114,15 @@ def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dic
             reference = reference_of(transport, source, x, log_rho)
             reference(0)
     rows = judge_rollout(network, x, log_rho, steps, reference)
-    return rows, rollout(network.network, x, transport.tau, steps)
+    given = log_rho if functional.needs_density else None
+    return rows, flow.evolve(x, steps, log_density=given, energies=False)
+
+
+def law_of(flow: Flow) -> Callable[[int], Distribution] | None:
+    """step -> the law that exact implicit steps lead to from the flow's source, where a closed form knows it."""
+    transport = operator_of(flow)
+    truth = truth_of_flow({"functional": transport.terms, "tau": transport.tau}, flow.source)
+    return partial(truth.law, kind="implicit") if isinstance(truth, GaussianTruth | RadialTruth) else None
 
 
 def judge_held_out(

@@ -50,7 +50,11 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
     if beside:
         known = [row for row in rows if row.get(beside[0])]
-        panels[1].semilogy([r["time"] for r in known], [r[beside[0]] for r in known], color=SAMPLES, marker="o", ms=3.5)
+        panels[1].plot([r["time"] for r in known], [r[beside[0]] for r in known], color=SAMPLES, marker="o", ms=3.5)
+        if beside[0] == "share":
+            panels[1].set_ylim(bottom=0)
+        else:
+            panels[1].set_yscale("log")
         curve_panel(panels[1], "flow time", beside[1])
     return figure
 

@@ -1,4 +1,4 @@
-"""The runs that benchmarks/operator.py trains: configs of configs/operator, and changes of them."""
+"""The runs that benchmarks/jko_operator.py trains: configs of configs/operator, and changes of them."""
 
 from __future__ import annotations
 

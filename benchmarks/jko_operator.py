@@ -1,6 +1,6 @@
 """The learned JKO operator against closed forms of the implicit step, a solver on the line, and the per-step solver.
 
-    python benchmarks/operator.py [--quick] [--parts accuracy,ablation,speed,warm] [--only TEXT] [--seeds 1]
+    python benchmarks/jko_operator.py [--quick] [--parts accuracy,ablation,speed,warm] [--only TEXT] [--seeds 1]
                                   [--steps N] [--runs FOLDER] [--out FILE.json]
 
 One cell is one (part, case, seed); the JSON is written after each, and cells that it holds are not computed again.
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from operator_cells import ABLATIONS, CASES, config_of, trained
+from jko_operator_cells import ABLATIONS, CASES, config_of, trained
 
 import gengrad
 from gengrad.config import read_config
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps, instead of the configs' own")
     parser.add_argument("--runs", type=Path, default=Path("runs/operator_benchmark"))
     parser.add_argument("--quick", action="store_true", help="few steps, one seed: shows that it runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "operator.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "jko_operator.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.quick:

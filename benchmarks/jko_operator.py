@@ -202,7 +202,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.quick:
-        given.seeds, given.steps, given.out = 1, 8, given.out.with_name("operator_quick.json")
+        given.seeds, given.steps, given.out = 1, 8, given.out.with_name("jko_operator_quick.json")
         given.runs = Path(tempfile.mkdtemp())
     results: dict = yaml.safe_load(given.out.read_text()) if given.out.exists() and not given.quick else {}
     for key, compute in cells(given).items():

@@ -70,3 +70,10 @@ def test_importing_gengrad_does_no_work_and_sets_no_global():
 
     code = "import gengrad, sys; assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_no_script_hides_a_module_of_the_standard_library():
+    import sys
+
+    scripts = [path.stem for folder in ("benchmarks", ".") for path in (PACKAGE.parent / folder).glob("*.py")]
+    assert scripts and not set(scripts) & sys.stdlib_module_names  # a script's own folder comes first on its path

@@ -2,7 +2,7 @@
 
 import sys
 
-from gengrad.cli import main
+from gengrad.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["sample", *sys.argv[1:]]))
+    run(["sample", *sys.argv[1:]])

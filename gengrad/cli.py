@@ -11,7 +11,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import gengrad
 from gengrad.cli_arguments import Parser, add_evaluate, add_sample, add_train, positive
@@ -30,6 +30,24 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gengrad") -> int:
     parser = _parser(prog)
     given = parser.parse_args(list(sys.argv[1:]) if arguments is None else list(arguments))
     return guarded(given.command, given)
+
+
+def run(arguments: Sequence[str] | None = None, prog: str = "gengrad") -> NoReturn:
+    """``main`` as the last thing that this process does: ends it with the exit code."""
+    leave(main(arguments, prog))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with ``code``; one of several that a launcher started does not wait for Python to tear down.
+
+    Gloo's threads outlive the process group where DistributedDataParallel has been used, and one that lets go of a
+    tensor while the interpreter is already going aborts the process: a finished run then ended with SIGABRT, rarely.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def guarded(command: Callable[[Namespace], int | None], given: Namespace | None) -> int:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from gengrad.cli import main
+from gengrad.cli import leave, main
 
 if __name__ == "__main__":
     import accelerate
@@ -17,4 +17,4 @@ if __name__ == "__main__":
     accelerate.Accelerator.prepare = noting
     code = main(["train", *sys.argv[1:]])
     assert code != 0 or set(worlds) == {int(os.environ["WORLD_SIZE"])} == {2}, worlds
-    sys.exit(code)
+    leave(code)

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from checkpoint_cases import POINTS, MortalStore, fits, load_in_ranks, rank_state, shared_state
 
+from gengrad.cli import leave
 from gengrad.training.checkpoint import CheckpointStore, Ranks
 from gengrad.training.interrupt import Interrupts
 
@@ -301,3 +302,4 @@ if __name__ == "__main__":
     result = MODES[mode](Path(where), *(int(word) if word.isdigit() else word for word in rest))
     if result is not None:
         print(json.dumps(result), flush=True)
+    leave(0)

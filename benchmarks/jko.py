@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from cells import fill
 from jko_references import bootstrap_filter, langevin, mala
 
 import gengrad
@@ -43,7 +44,6 @@ from gengrad.data import GaussianMixture
 from gengrad.evaluation.steps import judge_end, judge_steps
 from gengrad.evaluation.transport import energy_distance
 from gengrad.evaluation.truth import truth_of_flow
-from gengrad.files import write_json
 from gengrad.functionals.potential import Rippled
 from gengrad.methods.jko_filter import simulate
 from gengrad.registry import DATASETS
@@ -278,16 +278,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.quick:
-        given.seeds, given.out = 1, given.out.with_name("jko_quick.json")
-    results: dict = yaml.safe_load(given.out.read_text()) if given.out.exists() and not given.quick else {}
-    for key, compute in cells(given.parts.split(","), given.seeds, given.uci, given.quick).items():
-        if key in results or given.only not in key:
-            continue
-        results[key] = compute()
-        print(key, {k: float(f"{v:.4g}") for k, v in results[key].items() if k != "along"}, flush=True)
-        if not given.quick:
-            write_json(given.out, results)
-    print(table(results))
+        given.seeds = 1
+    wanted = cells(given.parts.split(","), given.seeds, given.uci, given.quick)
+    print(table(fill(given.out, wanted, given.only, keep=not given.quick)))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
+from cells import fill
 from jko_operator_cells import ABLATIONS, CASES, config_of, trained
 
 import gengrad
 from gengrad.config import read_config
 from gengrad.data.draws import draw
 from gengrad.evaluation.operators import judge_held_out, judge_source, on_the_line
-from gengrad.files import write_json
 from gengrad.flows.operator import OperatorTransport, operator_of
 from gengrad.rollouts import more_components
 
@@ -202,17 +201,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.quick:
-        given.seeds, given.steps, given.out = 1, 8, given.out.with_name("jko_operator_quick.json")
+        given.seeds, given.steps = 1, 8
         given.runs = Path(tempfile.mkdtemp())
-    results: dict = yaml.safe_load(given.out.read_text()) if given.out.exists() and not given.quick else {}
-    for key, compute in cells(given).items():
-        if key in results or given.only not in key:
-            continue
-        results[key] = compute()
-        print(key, {k: float(f"{v:.4g}") for k, v in results[key].items() if k != "along"}, flush=True)
-        if not given.quick:
-            write_json(given.out, results)
-    print(table(results))
+    print(table(fill(given.out, cells(given), given.only, keep=not given.quick)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Families of densities: many measures to start from, each with samples and a log density, drawn in batches.
 
-Samples are made of points u of the unit cube, so that points spread evenly there are spread evenly over the measure:
-means over such a cloud are far less noisy than over independent draws.
+The families themselves are in ``family_members.py``. Samples are made of points u of the unit cube, so that points
+spread evenly there are spread evenly over the measure: means over such a cloud are far less noisy than over
+independent draws.
 """
 
 from __future__ import annotations
@@ -68,183 +69,11 @@ class Family(Configured, ABC):
         low, high = math.log(self.config.smallest), math.log(self.config.largest)
         return (low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)).exp()
 
-
-class GaussianMembers(Members):
-    """sum_c w_c N(m_c, L_c L_c'): means (count, c, d), lower factors L (count, c, d, d), weights (count, c)."""
-
-    spare = 1  # says which component
-    smooth = True
-
-    def __init__(self, means: Tensor, factors: Tensor, weights: Tensor):
-        self.means, self.factors, self.weights = means, factors, weights
-
-    def push(self, u: Tensor) -> Tensor:
-        z = math.sqrt(2) * torch.erfinv(2 * u[..., :-1].clamp(EDGE, 1 - EDGE) - 1)
-        bounds = self.weights.cumsum(1)[:, :-1].contiguous()
-        component = torch.searchsorted(bounds, u[..., -1].contiguous())
-        means = torch.take_along_dim(self.means, component[..., None], 1)
-        factors = torch.take_along_dim(self.factors, component[..., None, None], 1)
-        return means + (factors @ z[..., None])[..., 0]
-
-    def log_density(self, x: Tensor) -> Tensor:
-        d = x.shape[-1]
-        away = x[:, :, None] - self.means[:, None]  # (count, n, c, d)
-        white = torch.linalg.solve_triangular(self.factors, away.permute(0, 2, 3, 1), upper=False)
-        volume = self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        logs = self.weights.log() - volume - d / 2 * math.log(2 * math.pi)
-        return torch.logsumexp(logs[..., None] - white.square().sum(2) / 2, 1)
-
-
-@FAMILIES.register("gaussians")
-class Gaussians(Family):
-    """N(m, S), S with standard deviations from ``smallest`` to ``largest`` in directions drawn evenly."""
-
-    def members(self, count: int, dimension: int, generator: torch.Generator) -> GaussianMembers:
-        centres = self._centres(count, 1, dimension, generator=generator)
-        stds = self._sizes(count, 1, dimension, generator=generator)
-        turn = rotations(count, dimension, generator)[:, None]
-        factors = torch.linalg.cholesky((turn * stds[..., None, :].square()) @ turn.mT)
-        return GaussianMembers(centres, factors, torch.ones(count, 1, dtype=torch.float64))
-
-
-@FAMILIES.register("mixtures")
-class Mixtures(Family):
-    """Two to ``components`` round Gaussians, each with a centre, a size and a weight (0.5 to 1.5 before sharing)."""
-
-    class Config(Family.Config):
-        components: int = Field(3, ge=2)
-
-    def members(self, count: int, dimension: int, generator: torch.Generator) -> GaussianMembers:
-        most = self.config.components
-        centres = self._centres(count, most, dimension, generator=generator)
-        stds = self._sizes(count, most, 1, 1, generator=generator)
-        weights = 0.5 + torch.rand(count, most, generator=generator, dtype=torch.float64)
-        present = torch.randint(2, most + 1, (count, 1), generator=generator) > torch.arange(most)
-        weights = weights * present
-        factors = stds * torch.eye(dimension, dtype=torch.float64)
-        return GaussianMembers(centres, factors, weights / weights.sum(1, keepdim=True))
-
-
-class PlacedMembers(Members):
-    """x = centre + R (size * y), y from ``_unit`` and R a rotation; y has the log density ``_unit_log_density``."""
-
-    def __init__(self, centres: Tensor, sizes: Tensor, turn: Tensor):
-        self.centres, self.sizes, self.turn = centres, sizes, turn  # (count, d), (count, d), (count, d, d)
-
-    def push(self, u: Tensor) -> Tensor:
-        return self.centres[:, None] + (self.sizes[:, None] * self._unit(u)) @ self.turn.mT
-
-    def log_density(self, x: Tensor) -> Tensor:
-        y = (x - self.centres[:, None]) @ self.turn / self.sizes[:, None]
-        return self._unit_log_density(y) - self.sizes.log().sum(1)[:, None]
-
-    @abstractmethod
-    def _unit(self, u: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _unit_log_density(self, y: Tensor) -> Tensor: ...
-
-
-class BoxMembers(PlacedMembers):
-    def _unit(self, u: Tensor) -> Tensor:
-        return 2 * u - 1
-
-    def _unit_log_density(self, y: Tensor) -> Tensor:
-        # a point on the edge may be rounded out of it
-        inside = y.abs().amax(-1) <= 1 + EDGE
-        return torch.where(inside, -y.shape[-1] * math.log(2), -math.inf)
-
-
-@FAMILIES.register("boxes")
-class Boxes(Family):
-    """Uniform on boxes with half sides from ``smallest`` to ``largest``, turned at random."""
-
-    def members(self, count: int, dimension: int, generator: torch.Generator) -> BoxMembers:
-        centres, sizes = (f(count, dimension, generator=generator) for f in (self._centres, self._sizes))
-        return BoxMembers(centres, sizes, rotations(count, dimension, generator))
-
-
-class AnnulusMembers(PlacedMembers):
-    """Uniform between the radii ``inner`` and 1: |y|^d is uniform between inner^d and 1."""
-
-    def __init__(self, centres: Tensor, sizes: Tensor, inner: Tensor):
-        super().__init__(centres, sizes.expand_as(centres), torch.eye(centres.shape[1], dtype=centres.dtype))
-        self.inner = inner  # (count, 1)
-
-    def _unit(self, u: Tensor) -> Tensor:
-        d, least = u.shape[-1], self.inner ** u.shape[-1]
-        if d == 1:  # one coordinate tells both the side and the radius
-            side = torch.where(u < 0.5, -1.0, 1.0)
-            share = (2 * u) % 1.0
-            return side * (self.inner[..., None] + (1 - self.inner[..., None]) * share)
-        radius = (least + (1 - least) * u[..., 0]) ** (1 / d)
-        return radius[..., None] * direction(u[..., 1:])
-
-    def _unit_log_density(self, y: Tensor) -> Tensor:
-        d, radius = y.shape[-1], y.norm(dim=-1)
-        inside = (radius >= self.inner - EDGE) & (radius <= 1 + EDGE)
-        return torch.where(inside, -(log_ball(d) + torch.log1p(-(self.inner**d))), -math.inf)
-
-
-@FAMILIES.register("annuli")
-class Annuli(Family):
-    """Uniform between two concentric spheres: outer radii from ``smallest`` to ``largest``, inner 0.3 to 0.7 of it.
-
-    On the line two intervals, in space a shell; d <= 3.
-    """
-
-    def members(self, count: int, dimension: int, generator: torch.Generator) -> AnnulusMembers:
+    def _balls(self, count: int, dimension: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Centres (count, d) and radii (count, 1); raises ``ValueError`` above three dimensions."""
         if dimension > 3:
-            raise ValueError(f"family 'annuli' is for d <= 3; these points have d = {dimension}")
-        centres, sizes = (
-            self._centres(count, dimension, generator=generator),
-            self._sizes(count, 1, generator=generator),
-        )
-        inner = 0.3 + 0.4 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
-        return AnnulusMembers(centres, sizes, inner)
-
-
-class BarenblattMembers(PlacedMembers):
-    """(1 - |y|^2)^p on the unit ball: |y|^2 is Beta(d/2, p + 1)."""
-
-    def __init__(self, centres: Tensor, sizes: Tensor, p: float):
-        super().__init__(centres, sizes.expand_as(centres), torch.eye(centres.shape[1], dtype=centres.dtype))
-        self.p = p
-
-    def _unit(self, u: Tensor) -> Tensor:
-        from scipy.special import betaincinv
-
-        d = u.shape[-1]
-        if d == 1:  # the law is symmetric: |2u - 1| is the share of mass nearer to the centre
-            return torch.sign(u - 0.5) * torch.from_numpy(betaincinv(0.5, self.p + 1, (2 * u - 1).abs().numpy())).sqrt()
-        squared = torch.from_numpy(betaincinv(d / 2, self.p + 1, u[..., 0].contiguous().numpy()))
-        return squared.sqrt()[..., None] * direction(u[..., 1:])
-
-    def _unit_log_density(self, y: Tensor) -> Tensor:
-        d, p = y.shape[-1], self.p
-        log_mass = log_ball(d) + math.lgamma(p + 1) + math.lgamma(1 + d / 2) - math.lgamma(p + 1 + d / 2)
-        room = 1 - y.square().sum(-1)
-        return torch.where(room > 0, p * room.clamp_min(1e-300).log() - log_mass, -math.inf)
-
-
-@FAMILIES.register("barenblatts")
-class Barenblatts(Family):
-    """The profiles (1 - |x - c|^2 / R^2)^{1/(m-1)}, R from ``smallest`` to ``largest``; d <= 3."""
-
-    class Config(Family.Config):
-        m: float = Field(2.0, gt=1)
-
-    def members(self, count: int, dimension: int, generator: torch.Generator) -> BarenblattMembers:
-        if dimension > 3:
-            raise ValueError(f"family 'barenblatts' is for d <= 3; these points have d = {dimension}")
-        centres, sizes = (
-            self._centres(count, dimension, generator=generator),
-            self._sizes(count, 1, generator=generator),
-        )
-        return BarenblattMembers(centres, sizes, 1 / (self.config.m - 1))
-
-
-# ---------------------------------------------------------------- a cloud of each of many measures
+            raise ValueError(f"family {self.name!r} is for d <= 3; these points have d = {dimension}")
+        return self._centres(count, dimension, generator=generator), self._sizes(count, 1, generator=generator)
 
 
 def read_families(given: Any) -> list[dict]:

@@ -1,8 +1,9 @@
 """HOW mass moves: the particle flow itself, learned transports, and the flow that a training run leaves behind."""
 
 from gengrad.flows.cloud import ParticleCloud
-from gengrad.flows.flow import Flow, Samples, load
+from gengrad.flows.flow import Flow, load
 from gengrad.flows.gradient import GradientTransport
+from gengrad.flows.metering import Samples
 from gengrad.flows.monotone import MonotoneTransport
 from gengrad.flows.operator import Evolution, OperatorTransport
 from gengrad.flows.particles import ParticleFlow, particle_flow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,31 +13,10 @@ from torch import Tensor, nn
 from gengrad.data.base import Distribution
 from gengrad.data.draws import Keyed, draw, draw_labels
 from gengrad.flows import asked, densities, operator
-from gengrad.flows.metering import counting, solved_by
+from gengrad.flows.metering import Samples, counting, solved_by
 from gengrad.flows.stored import read_stored, write_stored
 from gengrad.flows.transports import Condition, Transport, transport_from
 from gengrad.registry import DATASETS, settings_of
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples (n, *event) with what they cost: ``nfe`` network evaluations per sample, counted, and ``seconds``.
-
-    ``others``: evaluations per sample of networks that are no velocities, by name. ``y``: the classes (n,) asked for.
-    """
-
-    x: Tensor
-    nfe: float
-    seed: int
-    seconds: float
-    others: dict[str, float] = field(default_factory=dict)
-    y: Tensor | None = None
-
-    @property
-    def bill(self) -> str:
-        """What each sample cost, in words."""
-        apart = "".join(f", and {count:g} of the {name}" for name, count in self.others.items())
-        return f"{self.nfe:g} network evaluations each (counted){apart}"
 
 
 class Flow(nn.Module):

@@ -1,14 +1,36 @@
-"""For the time of one call: another solver in the transports, and a count of the evaluations that really happen."""
+"""Samples and their bill: for the time of one call another solver, and a count of the evaluations that happen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from gengrad.flows.solvers import SOLVERS
 from gengrad.flows.transports import Transport
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples (n, *event) with what they cost: ``nfe`` network evaluations per sample, counted, and ``seconds``.
+
+    ``others``: evaluations per sample of networks that are no velocities, by name. ``y``: the classes (n,) asked for.
+    """
+
+    x: Tensor
+    nfe: float
+    seed: int
+    seconds: float
+    others: dict[str, float] = field(default_factory=dict)
+    y: Tensor | None = None
+
+    @property
+    def bill(self) -> str:
+        """What each sample cost, in words."""
+        apart = "".join(f", and {count:g} of the {name}" for name, count in self.others.items())
+        return f"{self.nfe:g} network evaluations each (counted){apart}"
 
 
 @contextmanager

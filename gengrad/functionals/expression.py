@@ -60,6 +60,16 @@ def read_particle_expression(given: Any) -> list[dict]:
     return terms
 
 
+def refuse_unbounded(terms: list[dict]) -> None:
+    """Raises ``ValueError`` for a density's term of negative weight, of which no JKO step has a minimum."""
+    for term in terms:
+        if term["weight"] < 0 and needs_density([term]):
+            raise ValueError(
+                f"{term['name']} of weight {term['weight']:g} falls without bound as mass concentrates: no step has a "
+                "minimum, whatever tau; give it a positive weight"
+            )
+
+
 Expression = Annotated[list[dict], BeforeValidator(read_expression)]
 ParticleExpression = Annotated[list[dict], BeforeValidator(read_particle_expression)]
 

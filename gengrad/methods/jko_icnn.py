@@ -15,7 +15,7 @@ from gengrad.flows.flow import Flow, load
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.operator import operator_of
 from gengrad.functionals.base import Functional
-from gengrad.functionals.expression import Expression, build_expression, needs_density, takes
+from gengrad.functionals.expression import Expression, build_expression, needs_density, refuse_unbounded, takes
 from gengrad.methods import jko_warm as warm
 from gengrad.methods.base import Method, Problem, Stage
 from gengrad.methods.jko_stage import JKOStage
@@ -55,12 +55,7 @@ class JKOICNN(Method):
 
         @model_validator(mode="after")
         def _has_minima(self):
-            for term in self.functional:
-                if term["weight"] < 0 and needs_density([term]):
-                    raise ValueError(
-                        f"{term['name']} of weight {term['weight']:g} falls without bound as mass concentrates: no "
-                        "step has a minimum, whatever tau; give it a positive weight"
-                    )
+            refuse_unbounded(self.functional)
             return self
 
     def least_nfe(self) -> int:

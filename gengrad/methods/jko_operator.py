@@ -18,7 +18,15 @@ from gengrad.flows.flow import Flow
 from gengrad.flows.operator import OperatorTransport, energies_of, family_of, push, rollout
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Density
-from gengrad.functionals.expression import Expression, build_expression, gradient_of, has_pairs, needs_density, takes
+from gengrad.functionals.expression import (
+    Expression,
+    build_expression,
+    gradient_of,
+    has_pairs,
+    needs_density,
+    refuse_unbounded,
+    takes,
+)
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem
 from gengrad.methods.state_buffer import StateBuffer
@@ -61,12 +69,7 @@ class JKOOperator(Method):
 
         @model_validator(mode="after")
         def _can_be(self):
-            for term in self.functional:
-                if term["weight"] < 0 and needs_density([term]):
-                    raise ValueError(
-                        f"{term['name']} of weight {term['weight']:g} falls without bound as mass concentrates: no "
-                        "step has a minimum, whatever tau; give it a positive weight"
-                    )
+            refuse_unbounded(self.functional)
             if self.taus is not None and not (len(self.taus) == 2 and 0 < self.taus[0] <= self.tau <= self.taus[1]):
                 raise ValueError(f"taus are [least, largest] around tau={self.tau:g}; got {self.taus}")
             return self

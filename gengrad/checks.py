@@ -28,7 +28,9 @@ def check_fit(
     if config.train.batch_size % (world * pieces):
         each = f"train.accumulate={pieces}" + (f" on {world} processes" if world > 1 else "")
         problems.append(f"train.batch_size={config.train.batch_size} does not divide into the pieces of {each}")
-    problems += _class_problems(config, method, target) + _memory_problems(config, method, accelerator.device)
+    problems += _class_problems(config, method, target) + _memory_problems(
+        config, method, accelerator.device, len(source)
+    )
     compilers = ("g++", "clang++", "c++", "cl")
     if config.train.compile and not os.environ.get("CXX") and not any(map(shutil.which, compilers)):
         problems.append(f"train.compile needs a C++ compiler, and none of {', '.join(compilers)} is here; leave it out")
@@ -76,10 +78,10 @@ def _point_problems(config: RunConfig, source: Distribution, target: Distributio
     return problems
 
 
-def _memory_problems(config: RunConfig, method: Method, device: torch.device) -> list[str]:
+def _memory_problems(config: RunConfig, method: Method, device: torch.device, source_size: int) -> list[str]:
     """Transport problems whose costs alone would not fit the machine: the system ends such a run without a word."""
     problems, memory = [], _memory(device)
-    for keys, (rows, columns) in method.plans(config.train.batch_size).items():
+    for keys, (rows, columns) in method.plans(config.train.batch_size, source_size).items():
         size = 4 * rows * columns  # float32
         if size > memory:
             problems.append(

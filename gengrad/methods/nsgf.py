@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator
 from math import ceil
 from statistics import mean
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
+from gengrad.data.base import Distribution
 from gengrad.data.draws import Shuffle, Stream, generator_for
 from gengrad.flows.flow import Flow
 from gengrad.flows.particles import geodesic_taus, geodesic_times, particle_flow
@@ -62,8 +63,13 @@ class NSGF(Method):
         # trained at times t = u^time_exponent, u uniform: above 1 the start of the way is seen more often. There the
         # velocity has to sort the mass, and an error made there is carried all the way
         time_exponent: float = Field(1.0, gt=0)
+        # where on the clock the flow ends. Below 1 the samples stop on the way (matched: McCann's interpolation), for a
+        # population that is to be improved and not replaced
+        stop: float = Field(1.0, gt=0, le=1)
         tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
-        ot_batch: int = Field(256, ge=2)  # source points in each Sinkhorn problem
+        # source points in each Sinkhorn problem; all: every point of a finite source, whose one plan says where each
+        # goes. Plans of random batches leave that open in high dimension, and the network averages over it
+        ot_batch: Annotated[int, Field(ge=2)] | Literal["all"] = 256
         target_batch: int | None = Field(None, ge=2)  # target points in it; none: as many
         # how many principal components of the data the cost sees; none: all coordinates. Few make a plan of the same
         # batch tell more of a particle's way, since the wide directions are sorted first; for drawn or matched targets
@@ -80,15 +86,19 @@ class NSGF(Method):
             """Another functional has no plan to go straight along; the settings of the Sinkhorn flow say nothing."""
             if not isinstance(given, dict) or given.get("functional") is None:
                 return given
-            idle = [key for key in ("epsilon", "epsilon_rel", "target", "tol", "ot_dims") if key in given]
+            idle = [key for key in ("epsilon", "epsilon_rel", "target", "tol", "ot_dims", "stop") if key in given]
             if idle and given.get("pool") != "euler":  # a resolved config holds them all
                 raise ValueError(f"functional=... takes no {', '.join(idle)}: they are of the Sinkhorn divergence")
             return {**given, "pool": "euler"} if "pool" not in given else given
 
         @model_validator(mode="after")
         def _matchable(self):
+            if self.ot_batch == "all" and self.ot_scope != "global":
+                raise ValueError(f"ot_batch=all is one problem of all points: leave out ot_scope={self.ot_scope}")
             if self.functional is not None and self.pool != "euler":
                 raise ValueError("functional=... is followed step by step: take pool=euler, or leave it out")
+            if self.functional is not None and self.stop < 1:
+                raise ValueError("stop is on the Sinkhorn flow's clock: with functional=... take fewer flow_steps")
             if self.target == "match" and (self.ot_scope == "rows" or self.target_batch not in (None, self.ot_batch)):
                 raise ValueError("target=match pairs points one to one: leave out target_batch, and ot_scope=rows")
             if self.target == "mean" and self.ot_dims is not None:
@@ -98,15 +108,23 @@ class NSGF(Method):
                 )
             return self
 
+    def objections(self, source: Distribution, target: Distribution) -> list[str]:
+        if self.config.ot_batch == "all" and not len(source):
+            return [f"method.ot_batch=all needs a source of finitely many points, not {source.name!r}: give a number"]
+        return []
+
     def batches(self) -> dict[str, tuple[int, bool]]:
         c = self.config
+        if c.ot_batch == "all":  # points of the data may come several times, or not all of them
+            return {}
         found = {"method.ot_batch": (c.ot_batch, c.ot_scope != "global")}
         return found | {"method.target_batch": (c.target_batch or c.ot_batch, c.ot_scope == "local")}
 
-    def plans(self, batch_size: int) -> dict[str, tuple[int, int]]:
+    def plans(self, batch_size: int, source_size: int) -> dict[str, tuple[int, int]]:
         c = self.config
         targets = f" with method.target_batch={c.target_batch}" if c.target_batch else ""
-        return {f"method.ot_batch={c.ot_batch}{targets}": (c.ot_batch, c.target_batch or c.ot_batch)}
+        rows = source_size if c.ot_batch == "all" else c.ot_batch
+        return {f"method.ot_batch={c.ot_batch}{targets}": (rows, c.target_batch or rows)}
 
     def refusals(self, classes: int | None) -> list[str]:
         c = self.config
@@ -118,7 +136,7 @@ class NSGF(Method):
         return []
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
-        yield SinkhornStage(problem, self.config)
+        yield SinkhornStage(problem, self.config, until=self.config.stop)
 
 
 class SinkhornStage(Stage):
@@ -131,6 +149,8 @@ class SinkhornStage(Stage):
     name = "nsgf"
 
     def __init__(self, problem: Problem, config: NSGF.Config, until: float = 1.0, start: float = 0.0):
+        if config.ot_batch == "all":
+            config = config.model_copy(update={"ot_batch": len(problem.source)})
         self.problem, self.config, self.steps, self.until = problem, config, problem.steps, until
         self.start, self.view = start, PlanView(problem, config.ot_dims)
         self.networks = {"velocity": problem.make_network()}
@@ -168,7 +188,7 @@ class SinkhornStage(Stage):
         return forget_labels(found, self.config.label_dropout, classes, generator, part.rows(), part.size)
 
     def transport(self, networks: dict[str, nn.Module]) -> VelocityTransport:
-        return VelocityTransport(networks["velocity"])
+        return VelocityTransport(networks["velocity"], t1=self.until)
 
     # ------------------------------------------------------------ the pool
 

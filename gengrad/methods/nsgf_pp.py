@@ -36,6 +36,7 @@ class NSGFPlusPlus(Method):
     class Config(NSGF.Config):
         flow_steps: int = Field(5, ge=1, le=5)
         functional: None = None  # its first phase is that of the Sinkhorn divergence
+        stop: float = Field(1.0, ge=1, le=1)  # its straight phase goes to the data
         until: float = Field(0.5, gt=0, lt=1)  # where on the clock the Sinkhorn phase ends
         # the straight flow is trained this much before `until` as well, for samples that the predictor places earlier;
         # 1: on the whole clock, as in the paper, at the price of capacity
@@ -63,7 +64,7 @@ class NSGFPlusPlus(Method):
             """From where on the straight flow is trained."""
             return self.until if self.shared_network else max(0.0, self.until - self.margin)
 
-    batches, plans, refusals = NSGF.batches, NSGF.plans, NSGF.refusals
+    batches, plans, refusals, objections = NSGF.batches, NSGF.plans, NSGF.refusals, NSGF.objections
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         c = self.config

@@ -2,13 +2,15 @@
 
     python benchmarks/molecules.py [--parts prepare,score] [--data FILE] [--n 20000] [--processes 1,2] [--out FILE]
     python benchmarks/molecules.py --parts baselines [--calls 2000] [--seeds 0,1]
-    python benchmarks/molecules.py --parts autoencoder,flow [--minutes 10] [--flows qed_jko_icnn,...] [--runs FOLDER]
+    python benchmarks/molecules.py --parts autoencoder,flow,walks [--minutes 10] [--runs FOLDER]
+        [--flows "qed_nsgf,qed_nsgf method.stop=0.5,..."] [--flow-seeds 0,1,2]
 
 Baselines: random screening of the enumerated library and a genetic algorithm that starts with its first 100 molecules,
 on QED (weight 1) and logP between 1 and 3 (weight 1), geometric mean.
 The minutes of the autoencoder are CPU-minutes of this process, whatever else the machine does; the flows move molecules
-of QED below 0.7 by the configs of that name, on the codes of that autoencoder. Both keep their folders under --runs,
-and go on there when interrupted.
+of QED below 0.7 by the configs of that name, changed as said after it, on the codes of that autoencoder. Both keep
+their folders under --runs, and go on there when interrupted. walks: gradient ascent and Langevin dynamics of the
+surrogate from the same molecules, as far as each step of the flow went.
 
 Without --data the enumerated library stands in, which is cleaner than a real set. Seconds are of the wall clock and
 hold the start of the worker processes; CPU-seconds are of all processes. Parts that the JSON holds at
@@ -22,12 +24,14 @@ import json
 import os
 import platform
 import resource
+import shutil
 import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
 import rdkit
+from latent_walks import KINDS, walk
 
 from gengrad.files import read_json, write_atomically, write_json
 from gengrad.molecules.library import library
@@ -79,6 +83,7 @@ WISHED = {
         {"scorer": "logp", "transform": {"name": "double_sigmoid", "low": 1.0, "high": 3.0}},
     ]
 }
+KEPT = ("moved", "true_median", "spare_mean", "uniqueness", "validity", "novelty", "internal_diversity", "off_manifold")
 FIGURES = ("top_1", "top_10", "top_100", "auc_top_10", "diversity_top_100")
 
 
@@ -124,24 +129,42 @@ def train_autoencoder(smiles: list[str], minutes: float, folder: Path, processes
     return {"molecules": len(smiles), "cpu_seconds": codec.info["seconds"], "steps": codec.info["steps"], **report}
 
 
-def move(name: str, smiles: list[str], autoencoder: Path, folder: Path) -> dict:
-    """Median QED, uniqueness, diversity and the rest before and after the flow of a config, and at each step."""
+STAGES = ("molecules", "latents", "surrogate")  # of a run, which another one on the same codes may take
+
+
+def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Path) -> dict:
+    """Median QED, uniqueness, diversity and the rest along a flow, "CONFIG key=value ..."."""
     import csv
 
     from gengrad import chain
     from gengrad.config import load_config
 
+    name, *overrides = flow.split()
     file = folder.parent / "molecules.smi"
     write_atomically(file, "".join(f"{text} {i}\n" for i, text in enumerate(smiles, 1)).encode())
     config = Path(__file__).parents[1] / "configs" / "molecules" / f"{name}.yaml"
+    stages = folder.parent / f"stages_{autoencoder.name}"
+    for stage in STAGES:
+        if (stages / stage).is_dir() and not (folder / stage).exists():
+            shutil.copytree(stages / stage, folder / stage)
     cpu = cpu_seconds()
     place = [f"data.path={file}", f"data.autoencoder_from={autoencoder}", f"out={folder}", "evaluate.n=1000"]
-    outcome = chain.train(load_config(config, place))
+    outcome = chain.train(load_config(config, [*overrides, *place, f"seed={seed}", f"evaluate.seed={seed}"]))
     if not outcome.finished:
         raise SystemExit(128 + outcome.signal)
+    cpu = cpu_seconds() - cpu
+    if not stages.exists():
+        for stage in STAGES:
+            shutil.copytree(folder / stage, stages / stage)
     with open(folder / "steps.csv", newline="", encoding="utf-8") as table:
         rows = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(table)]
-    return {"cpu_seconds": cpu_seconds() - cpu, "before": rows[0], "after": rows[-1], "steps": rows}
+    return {
+        "cpu_seconds": cpu,
+        "train_cpu_seconds": outcome.cpu_seconds,
+        "before": rows[0],
+        "after": rows[-1],
+        "steps": rows,
+    }
 
 
 def clean(given) -> list[str]:
@@ -168,15 +191,22 @@ def learned(given, report: dict, name: str, smiles: list[str]) -> None:
     print("| autoencoder | exact | Tanimoto | validity | steps |", "| --- " * 5 + "|", sep="\n")
     figures = f"{found['exact']:.4f} | {found['tanimoto']:.4f} | {found['validity']:.4f} | {found['steps']:,}"
     print(f"| {trained} | {figures} |", flush=True)
-    if "flow" not in given.parts.split(","):
+    parts = given.parts.split(",")
+    if "flow" not in parts:
         return
-    kept = ("true_median", "uniqueness", "validity", "novelty", "internal_diversity", "divergence", "off_manifold")
-    print(f"| flow | {' | '.join(kept)} |", "| --- " * (len(kept) + 1) + "|", sep="\n")
+    print(f"| flow | {' | '.join(KEPT)} |", "| --- " * (len(KEPT) + 1) + "|", sep="\n")
     for flow in given.flows.split(","):
-        folder = given.runs / f"{flow}_{autoencoder.name}"
-        found = cell(f"flow/{flow}/{trained}", lambda flow=flow, folder=folder: move(flow, smiles, autoencoder, folder))
-        pairs = (f"{found['before'][key]:.3f} -> {found['after'][key]:.3f}" for key in kept)
-        print(f"| {flow} | {' | '.join(pairs)} |", flush=True)
+        for seed in map(int, given.flow_seeds.split(",")):
+            folder = given.runs / f"{flow.replace(' ', '_')}_{seed}_{autoencoder.name}"
+            key = f"{flow}/{trained}/{seed}"
+            found = cell(f"flow/{key}", lambda f=flow, s=seed, to=folder: move(f, s, smiles, autoencoder, to))
+            pairs = (f"{found['before'][name]:.3f} -> {found['after'][name]:.3f}" for name in KEPT)
+            print(f"| {flow}, seed {seed} | {' | '.join(pairs)} |", flush=True)
+            ways = [row["moved"] for row in found["steps"][1:]]
+            for kind in KINDS if "walks" in parts else ():
+                walked = cell(f"walk/{kind}/{key}", lambda k=kind, s=seed, to=folder, w=ways: walk(to, k, w, 1000, s))
+                figures = " | ".join(f"{walked['after'][name]:.3f}" for name in KEPT)
+                print(f"| {kind}, seed {seed} | {figures} |", flush=True)
 
 
 def main() -> None:
@@ -188,7 +218,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=2000, help="of each baseline")
     parser.add_argument("--seeds", default="0,1", help="of the baselines")
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU-minutes of the autoencoder's training")
-    parser.add_argument("--flows", default="qed_jko_icnn,qed_nsgf", help="names of configs/molecules")
+    parser.add_argument("--flows", default="qed_jko_icnn,qed_nsgf", help="names of configs/molecules, overrides behind")
+    parser.add_argument("--flow-seeds", default="0", help="of the flows")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_molecules"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "molecules.json")
     given = parser.parse_args()
@@ -197,7 +228,7 @@ def main() -> None:
         return baselines(report, given)
     name = given.data.name if given.data else "library"
     rows = None
-    measured = [part for part in given.parts.split(",") if part not in ("autoencoder", "flow")]
+    measured = [part for part in given.parts.split(",") if part not in ("autoencoder", "flow", "walks")]
     if len(measured) < len(given.parts.split(",")):
         learned(given, report, name, clean(given))
     if not measured:

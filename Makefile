@@ -1,7 +1,7 @@
 # Two commands set everything up by themselves: `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart quickstart-molecules test test-slow lint clean
 
 # the marker says which pyproject.toml the environment was installed from
 .venv/installed: pyproject.toml
@@ -22,6 +22,13 @@ quickstart: .venv/installed
 	$(BIN)/python sample.py quickstart/digits --n 64 --nfe 5 --out quickstart/digits/samples.png
 	$(BIN)/gengrad evaluate quickstart/digits --nfe 5 --features classifier
 	@echo; echo "pictures and tables:"; ls -1 quickstart/*/pictures/*.png quickstart/*/*.png quickstart/*/*.gif quickstart/*/metrics.md
+
+quickstart-molecules: export OMP_NUM_THREADS = 1
+quickstart-molecules: .venv/installed
+	$(BIN)/python train.py configs/molecules/quickstart.yaml out=quickstart/molecules
+	$(BIN)/python sample.py quickstart/molecules --n 1000 --seed 1 --out quickstart/molecules/hits.csv
+	$(BIN)/gengrad molecules report quickstart/molecules
+	@echo; echo "look at quickstart/molecules/report.html, population_after.png, hits.csv"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"

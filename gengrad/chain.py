@@ -53,9 +53,10 @@ FLOWS: dict[str, dict] = {
         "evaluate": {"nfe": [5], "n": 1000},
     },
     "nsgf": {
-        "network": {"name": "mlp", "width": 256, "depth": 3, "activation": "silu"},
-        "method": {"name": "nsgf", "pool": "geodesic", "target": "match", "ot_batch": 512},
-        "train": {"steps": 3000, "batch_size": 512, "lr": 1e-3, "checkpoint_every": 500},
+        "network": {"name": "mlp", "width": 512, "depth": 4, "activation": "silu"},
+        # one plan of all molecules that start, and a stop on the way: at its end they would be those of the data
+        "method": {"name": "nsgf", "target": "match", "ot_batch": "all", "uses": 400, "stop": 0.55},
+        "train": {"steps": 6000, "batch_size": 256, "lr": 2e-3, "checkpoint_every": 1000},
         "evaluate": {"nfe": [10], "n": 1000},
     },
 }

@@ -55,7 +55,7 @@ FLOWS: dict[str, dict] = {
     "nsgf": {
         "network": {"name": "mlp", "width": 512, "depth": 4, "activation": "silu"},
         # one plan of all molecules that start, and a stop on the way: at its end they would be those of the data
-        "method": {"name": "nsgf", "target": "match", "ot_batch": "all", "uses": 400, "stop": 0.55},
+        "method": {"name": "nsgf", "target": "match", "ot_batch": "all", "uses": 400, "stop": 0.6},
         "train": {"steps": 6000, "batch_size": 256, "lr": 2e-3, "checkpoint_every": 1000},
         "evaluate": {"nfe": [10], "n": 1000},
     },

@@ -12,6 +12,7 @@ from gengrad.chain import parts_of
 from gengrad.latent.population import population, start
 from gengrad.latent.steps import Observer
 from gengrad.machine import cpus
+from gengrad.plotting.style import CURVES, MARKERS, curve_panel, legend_below, new_figure, save
 
 STEP = 0.05  # length of a step of ascent, in whitened codes, where two molecules are about 11 apart
 MOST = 2000  # steps
@@ -56,3 +57,24 @@ def walk(folder: Path, kind: str, distances: list[float], n: int, seed: int) -> 
 
 
 KINDS = ("ascent", *(f"langevin {temperature:g}" for temperature in TEMPERATURES))
+
+
+def picture(report: dict, path: Path) -> None:
+    """Median QED, novelty and diversity against the way, a line for each flow and walk of seed 0."""
+    panels = {"true_median": "median QED by RDKit", "novelty": "novelty", "internal_diversity": "internal diversity"}
+    figure, axes = new_figure(len(panels), 12, 3.8)
+    names: list[str] = []
+    for key, cell in report.items():
+        kind, name, *_, seed = key.split("/")
+        if kind not in ("flow", "walk") or seed != "0" or name in names:
+            continue
+        names.append(name)
+        round_, place = divmod(len(names) - 1, len(CURVES))  # the second time round with other markers
+        look = {"color": CURVES[place], "linestyle": "-" if kind == "flow" else "--", "marker": MARKERS[round_]}
+        for axis, column in zip(axes, panels):
+            way = [row["moved"] for row in cell["steps"]]
+            axis.plot(way, [row[column] for row in cell["steps"]], markersize=4, label=name, **look)
+    for axis, title in zip(axes, panels.values()):
+        curve_panel(axis, "root mean square way of the whitened codes", title)
+    legend_below(figure, axes[0], 4)
+    save(figure, path)

@@ -31,7 +31,7 @@ from datetime import date
 from pathlib import Path
 
 import rdkit
-from latent_walks import KINDS, walk
+from latent_walks import KINDS, picture, walk
 
 from gengrad.files import read_json, write_atomically, write_json
 from gengrad.molecules.library import library
@@ -222,8 +222,11 @@ def main() -> None:
     parser.add_argument("--flow-seeds", default="0", help="of the flows")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_molecules"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "molecules.json")
+    parser.add_argument("--picture", type=Path, default=None, help="a PNG of the flows and walks in --out")
     given = parser.parse_args()
     report = read_json(given.out) if given.out.exists() else {}
+    if given.picture:
+        return picture(report, given.picture)
     if given.parts == "baselines":
         return baselines(report, given)
     name = given.data.name if given.data else "library"

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
@@ -29,9 +29,17 @@ from gengrad.methods.regression import (
     classes_in,
     forget_labels,
     matching_loss,
+    stratified,
 )
 from gengrad.ot import SinkhornResult, exact_assignment, sinkhorn_velocity
 from gengrad.registry import METHODS, Settings
+
+
+def _points(given: object) -> object:
+    """One message for what is neither a size nor ``all``."""
+    if given == "all" or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
+        return given
+    raise ValueError("a whole number of at least 2, or all")
 
 
 @METHODS.register("nsgf")
@@ -69,7 +77,7 @@ class NSGF(Method):
         tol: float = Field(1e-2, gt=0)  # relative error of the velocity at which Sinkhorn stops
         # source points in each Sinkhorn problem; all: every point of a finite source, whose one plan says where each
         # goes. Plans of random batches leave that open in high dimension, and the network averages over it
-        ot_batch: Annotated[int, Field(ge=2)] | Literal["all"] = 256
+        ot_batch: Annotated[int | Literal["all"], BeforeValidator(_points)] = 256
         target_batch: int | None = Field(None, ge=2)  # target points in it; none: as many
         # how many principal components of the data the cost sees; none: all coordinates. Few make a plan of the same
         # batch tell more of a particle's way, since the wide directions are sorted first; for drawn or matched targets
@@ -288,9 +296,3 @@ def together(logs: list[dict[str, float]]) -> dict[str, float]:
     """Over several solves: the worst marginal error, whether all converged, the mean of the rest."""
     pick = {"marginal_error": max, "converged": min}
     return {key: pick.get(key, mean)([log[key] for log in logs]) for key in logs[-1]}
-
-
-def stratified(n: int, generator: torch.Generator) -> Tensor:
-    """n times in [0, 1), one in each of n equal strata, shuffled: uniform like independent draws, less noisy."""
-    t = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    return t[torch.randperm(n, generator=generator)]

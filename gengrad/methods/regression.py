@@ -79,3 +79,9 @@ class PlanView:
             return x
         self.basis = self.basis.to(x)
         return x @ self.basis
+
+
+def stratified(n: int, generator: torch.Generator) -> Tensor:
+    """n times in [0, 1), one in each of n equal strata, shuffled: uniform like independent draws, less noisy."""
+    t = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    return t[torch.randperm(n, generator=generator)]

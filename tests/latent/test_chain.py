@@ -215,7 +215,7 @@ def test_the_distance_of_two_clouds_a_step_apart_is_known():
 @pytest.mark.parametrize("method", ["jko_icnn", "nsgf"])
 def test_the_command_and_the_shipped_config_run_the_same_flow(method):
     config = load_config(ROOT / "configs" / "molecules" / f"qed_{method}.yaml")
-    bounds = {"at_most": 0.7, **({"at_least": 0.9} if method == "nsgf" else {})}
+    bounds = {"at_most": 0.7, **({"at_least": 0.85} if method == "nsgf" else {})}
     ours = read_config(chain.flow_config(method, {"objective": {"components": ["qed"]}}, config.general.out, **bounds))
     assert ours.resolved() == config.resolved()
 

@@ -8,7 +8,7 @@ from gengrad.cli import main
 from gengrad.data.draws import generator_for
 from gengrad.flows import Flow
 from gengrad.methods import NSGF, FlowMatching, Part, Problem
-from gengrad.methods.nsgf import stratified
+from gengrad.methods.regression import stratified
 from gengrad.networks import ICNN, MLP, Plan, SetOperator
 from gengrad.registry import DATASETS, METHODS
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -45,8 +46,9 @@ def leave(code: int) -> NoReturn:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader has gone, or ``guarded`` has closed it for that
+            stream.flush()
     os._exit(code)
 
 

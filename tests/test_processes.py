@@ -112,3 +112,9 @@ def test_a_process_of_several_ends_before_python_tears_down():
         )
         ended[world] = done.returncode, done.stdout.strip()
     assert ended["2"] == (3, "told") and ended["1"][0] != 3
+
+
+def test_it_ends_with_its_code_where_nobody_reads_what_it_says():
+    code = "import sys; from gengrad.cli import leave; sys.stderr.close(); print('x'); leave(3)"
+    command = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
+    assert subprocess.run(["bash", "-c", command], env={**ENV, "WORLD_SIZE": "2"}).returncode == 3

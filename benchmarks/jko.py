@@ -100,7 +100,7 @@ def mixture_config(d: int, seed: int, quick: bool) -> dict:
     return {
         "source": {"name": "gaussian", "mean": [0.0] * d, "covariance": variance},
         "data": {"name": "gaussian_mixture", "means": means, "scales": [1.0] * count},
-        "network": {"name": "icnn"},
+        "network": {"name": "log_sum_exp"},
         "method": {"name": "jko_icnn", "functional": "kl", "tau": 0.1, "jko_steps": jko_steps, "cloud": 50_000},
         "train": {"steps": 20 if quick else 16_800, "batch_size": 256, "lr": MIXTURE_LR, "checkpoint_every": 10_000},
         "evaluate": {"nfe": [jko_steps]},

@@ -1,11 +1,12 @@
-"""The input-convex potential against automatic differentiation, and its convexity whatever the weights."""
+"""Convex potentials against automatic differentiation, and their convexity whatever the weights."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengrad.networks import ICNN
+from gengrad.data import GaussianMixture
+from gengrad.networks import ICNN, LogSumExp
 from gengrad.networks.curvature import (
     NotConvexError,
     conjugate_gradients,
@@ -15,13 +16,22 @@ from gengrad.networks.curvature import (
 )
 from gengrad.registry import NETWORKS, settings_of
 
-CASES = [(1, 1, 2), (2, 2, 2), (3, 3, 1), (5, 2, 0)]  # dimension, depth, rank
+SMALL = {"width": 12}
+CASES = [  # network, dimension, settings
+    (ICNN, 1, SMALL | {"depth": 1}),
+    (ICNN, 2, SMALL),
+    (ICNN, 3, SMALL | {"depth": 3, "rank": 1}),
+    (ICNN, 5, SMALL | {"rank": 0}),
+    (LogSumExp, 1, {"groups": 3, "pieces": 2}),
+    (LogSumExp, 5, {"groups": 4, "pieces": 6}),
+]
+BOTH = [(ICNN, SMALL), (LogSumExp, {"groups": 4})]
 
 
-def shaken(d, depth=2, rank=2, width=12, seed=0, **settings):
+def shaken(make, d, seed=0, **settings):
     """A network whose every weight is away from its start, in float64."""
     torch.manual_seed(seed)
-    network = ICNN(event_shape=(d,), depth=depth, rank=rank, width=width, **settings).double()
+    network = make(event_shape=(d,), **settings).double()
     network.whiten(2 * torch.randn(100, d).double() + 1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -34,9 +44,9 @@ def points(n, d, seed=1):
     return 2 * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("d", "depth", "rank"), CASES)
-def test_gradient_hessian_and_log_det_are_those_of_the_potential(d, depth, rank):
-    network, x = shaken(d, depth, rank), points(6, d)
+@pytest.mark.parametrize(("make", "d", "settings"), CASES)
+def test_gradient_hessian_and_log_det_are_those_of_the_potential(make, d, settings):
+    network, x = shaken(make, d, **settings), points(6, d)
     leaf = x.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(network.potential(leaf).sum(), leaf)
     hessian = torch.stack([torch.autograd.functional.hessian(lambda z: network.potential(z[None])[0], p) for p in x])
@@ -47,9 +57,9 @@ def test_gradient_hessian_and_log_det_are_those_of_the_potential(d, depth, rank)
     assert torch.allclose(network.hessian_product(x, v), torch.einsum("nij,nj->ni", hessian, v), atol=1e-10)
 
 
-@pytest.mark.parametrize(("d", "depth", "rank"), CASES)
-def test_the_log_det_has_the_gradient_of_automatic_differentiation_in_every_weight(d, depth, rank):
-    network, x = shaken(d, depth, rank), points(5, d)
+@pytest.mark.parametrize(("make", "d", "settings"), CASES)
+def test_the_log_det_has_the_gradient_of_automatic_differentiation_in_every_weight(make, d, settings):
+    network, x = shaken(make, d, **settings), points(5, d)
     ours = torch.autograd.grad(network(x, log_det=True)[1].sum(), list(network.parameters()), allow_unused=True)
     reference = torch.linalg.slogdet(network.hessian(x)).logabsdet.sum()
     theirs = torch.autograd.grad(reference, list(network.parameters()), allow_unused=True)
@@ -57,9 +67,10 @@ def test_the_log_det_has_the_gradient_of_automatic_differentiation_in_every_weig
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.parametrize(("make", "settings"), BOTH)
 @given(seed=st.integers(0, 10_000), size=st.floats(0.1, 5))
-def test_it_is_convex_whatever_the_weights(seed, size):
-    network = shaken(3, seed=seed)
+def test_it_is_convex_whatever_the_weights(make, settings, seed, size):
+    network = shaken(make, 3, seed, **settings)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(size)
@@ -71,8 +82,9 @@ def test_it_is_convex_whatever_the_weights(seed, size):
     assert (values >= network.config.floor - 1e-12 * values.max()).all()
 
 
-def test_it_starts_at_the_identity():
-    network = ICNN(event_shape=(4,))
+@pytest.mark.parametrize("make", [ICNN, LogSumExp])
+def test_it_starts_at_the_identity(make):
+    network = make(event_shape=(4,))
     x = torch.randn(50, 4)
     y, volume = network(x, log_det=True)
     # fp32: the quadratic's root is rounded once
@@ -80,17 +92,18 @@ def test_it_starts_at_the_identity():
     assert network.is_affine
 
 
-@pytest.mark.parametrize(("depth", "rank"), [(1, 2), (2, 0), (2, 2)])
-def test_every_weight_has_a_gradient_for_several_processes(depth, rank):
-    network = ICNN(event_shape=(3,), depth=depth, rank=rank, width=8)
-    y, volume = network(torch.randn(8, 3), log_det=True)
+@pytest.mark.parametrize(("make", "d", "settings"), CASES)
+def test_every_weight_has_a_gradient_for_several_processes(make, d, settings):
+    network = make(event_shape=(d,), **settings)
+    y, volume = network(torch.randn(8, d), log_det=True)
     (y.square().sum() + volume.sum()).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-    network(torch.randn(8, 3)).sum().backward()
+    network(torch.randn(8, d)).sum().backward()
 
 
-def test_half_precision_around_it_changes_nothing():
-    network, x = shaken(3).float(), torch.randn(8, 3)
+@pytest.mark.parametrize(("make", "settings"), BOTH)
+def test_half_precision_around_it_changes_nothing(make, settings):
+    network, x = shaken(make, 3, **settings).float(), torch.randn(8, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, volume = network(x, log_det=True)
     assert torch.equal(y, network(x)) and torch.equal(volume, network(x, log_det=True)[1])
@@ -105,8 +118,9 @@ def test_every_gaussian_map_is_in_reach():
     assert torch.allclose(network(x), x @ q + b)
 
 
-def test_a_unit_at_rest_still_learns():
-    network = ICNN(event_shape=(2,))
+@pytest.mark.parametrize("make", [ICNN, LogSumExp])
+def test_a_unit_at_rest_still_learns(make):
+    network = make(event_shape=(2,))
     with torch.no_grad():
         network.scales.fill_(-0.1)
     network(torch.randn(8, 2)).square().sum().backward()
@@ -120,12 +134,27 @@ def test_whitened_points_have_no_mean_and_unit_covariance():
     assert torch.allclose(white.mT @ white / 500, torch.eye(3).double(), atol=1e-8)
 
 
-def test_it_is_rebuilt_from_its_settings_and_state():
-    network = shaken(3).float()
+@pytest.mark.parametrize(("make", "settings"), BOTH)
+def test_it_is_rebuilt_from_its_settings_and_state(make, settings):
+    network = shaken(make, 3, **settings).float()
     again = NETWORKS.build(settings_of(network), event_shape=(3,))
     again.load_state_dict(network.state_dict())
     x = torch.randn(5, 3)
     assert torch.equal(again(x), network(x))
+
+
+def test_one_soft_maximum_is_the_score_of_a_mixture_of_equal_covariances():
+    """grad log pi = m(x) - x, m the mean of the means m_k under their responsibilities: a soft maximum of m_k . x."""
+    means, weights = points(4, 3, 3), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    mixture = GaussianMixture(means=means.tolist(), weights=weights.tolist(), scales=[1.0] * 4)
+    network = LogSumExp(event_shape=(3,), groups=1, pieces=4).double()
+    with torch.no_grad():
+        network.scales.fill_(1 / 3)  # kappa d / G = 3
+        network.weights.copy_(means[None])
+        network.offsets.copy_((weights.log() - means.square().sum(1) / 2)[None])
+    x = points(20, 3).requires_grad_(True)
+    (score,) = torch.autograd.grad(mixture.log_density(x).sum(), x)
+    assert torch.allclose(network.correction(x.detach())[0], score + x, atol=1e-6)  # the mixture is made in fp32
 
 
 # ------------------------------------------------------------------ above d = 64: probes
@@ -164,7 +193,7 @@ def test_conjugate_gradients_solve():
 
 
 def test_a_network_of_eighty_dimensions_gives_probes_and_values():
-    network, x = shaken(80, width=16), points(4, 80)
+    network, x = shaken(ICNN, 80, width=16), points(4, 80)
     y, surrogate = network(x, log_det=True, generator=torch.Generator().manual_seed(0))
     surrogate.sum().backward()
     assert y.shape == x.shape and network.factor.grad.isfinite().all()

@@ -5,7 +5,7 @@ The public names, imported when they are first used:
 - ``load(run)``: the trained ``Flow`` of a run folder, with ``sample`` and ``trajectory``
 - ``train(config)``: one training run from a ``RunConfig`` (``load_config(path, overrides)`` makes one)
 - ``sinkhorn``, ``sinkhorn_velocity``, ``sinkhorn_divergence``: the optimal transport below it all
-- ``SinkhornDivergence``, ``EnergyDistance``, ``RieszMMD``: functionals; ``particle_flow``: the flow that descends them
+- ``SinkhornDivergence``, ``EnergyDistance``, ``RieszMMD`` or ``MMD``: functionals; ``particle_flow`` descends them
 - ``PotentialEnergy``, ``InteractionEnergy``, ``Entropy``, ``PowerEntropy``, ``KL``, ``Density``: energies
 """
 
@@ -32,6 +32,7 @@ _PUBLIC = {
     "Density": "gengrad.functionals",
     "EnergyDistance": "gengrad.functionals.riesz",
     "RieszMMD": "gengrad.functionals.riesz",
+    "MMD": "gengrad.functionals.riesz",
     "particle_flow": "gengrad.flows.particles",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -210,8 +210,7 @@ def evaluate(given: Namespace) -> int:
             if along.get(part):
                 print("  ".join(f"{key.replace('_', ' ')} {value:.5g}" for key, value in along[part].items()))
         tables = ", samples.csv" if (Path(given.run) / "samples.csv").exists() else ""
-        pictures = along.get("pictures", "energy.png, density.png")
-        print(f"written: {Path(given.run) / 'steps.json'}, {pictures}{tables}")
+        print(f"written: {Path(given.run) / 'steps.json'}, steps.md, {along['pictures']}{tables}")
     if not target.has_samples:
         return 0
     flow.check_class(None, given.guidance)

@@ -218,7 +218,7 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
     Energies beside the closed form where there is one, densities beside the truth or the target, and what the data say
     of the samples. Returns the report, None for a flow without recorded steps.
     """
-    from gengrad.evaluation.steps import forward_densities, judge_end, judge_steps, steps_table
+    from gengrad.evaluation.steps import errors_table, forward_densities, judge_end, judge_steps, steps_table
     from gengrad.evaluation.truth import truth_of_flow
 
     if any(isinstance(t, OperatorTransport) for t in flow.transports):
@@ -227,7 +227,7 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
         return judge_operator(flow, folder, n=n, seed=seed)
     if not len(flow.transports) or not all(getattr(t, "record", None) for t in flow.transports):
         return None
-    config, report = flow.info["config"], {}
+    config, report, pictures = flow.info["config"], {}, ["energy.png"]
     rows = [t.record for t in flow.transports if "step" in t.record]
     method, known = config["method"], hasattr(flow.source, "log_density")
     target = target_of(flow)
@@ -240,8 +240,10 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
         times = [0.0] + [row["time"] for row in rows]
         chosen = sorted({round(share * len(rows) / 4) for share in range(5)})
         plotting.save(plotting.density_figure(states, law, times, chosen), folder / "density.png")
+        pictures.append("density.png")
         if len(flow.event_shape) == 1 and flow.event_shape[0] <= 2:
             plotting.density_gif(states, law, times, folder / "density.gif")
+            pictures.append("density.gif")
         if target.has_samples and hasattr(target, "log_density"):
             report["end"] = judge_end(flow, target, n=n, seed=seed)
     plotting.save(plotting.energy_figure(rows), folder / "energy.png")
@@ -250,9 +252,9 @@ def judge_along(flow: Flow, folder: Path, *, n: int, seed: int) -> dict | None:
     if (named := target.table_of(x)) is not None:
         lines = [",".join(named[0]), *(",".join(f"{value:.9g}" for value in row) for row in named[1].tolist())]
         write_atomically(folder / "samples.csv", ("\n".join(lines) + "\n").encode())
-    table = steps_table(rows)
+    table = "\n\n".join(filter(None, [steps_table(rows), errors_table(rows)]))
     write_atomically(folder / "steps.md", (table + "\n").encode())
-    report = {**report, "steps": rows, "table": table}
+    report = {**report, "steps": rows, "table": table, "pictures": ", ".join(pictures)}
     write_json(folder / "steps.json", report)
     return report
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gengrad.data.base import Distribution
 from gengrad.data.draws import draw
 from gengrad.evaluation.grid import GridTruth
-from gengrad.evaluation.truth import GaussianTruth, RadialTruth, symmetric_gaussian_kl
+from gengrad.evaluation.truth import GaussianTruth, RadialTruth, RingTruth, symmetric_gaussian_kl
 from gengrad.flows.densities import doubled
 from gengrad.flows.flow import Flow
 
@@ -61,7 +61,7 @@ def divergences(
 
 def judge_steps(
     flow: Flow,
-    truth: GridTruth | GaussianTruth | RadialTruth | None,
+    truth: GridTruth | GaussianTruth | RadialTruth | RingTruth | None,
     *,
     n: int,
     seed: int,
@@ -86,6 +86,9 @@ def judge_steps(
             row |= _gaussian_row(flow, truth, k, states, gaussians, seed, k in chosen)
         elif isinstance(truth, RadialTruth):
             row |= _radial_row(truth, k, states[k])
+        elif isinstance(truth, RingTruth):
+            row |= {"radius": truth.radius_of(states[k][0]), "radius_at_rest": truth.radius}
+            row["energy_at_rest"] = truth.energy
         rows.append(row)
     return rows
 
@@ -117,23 +120,26 @@ def _gaussian_row(
 
 def _radial_row(truth: RadialTruth, k: int, state: tuple[Tensor, Tensor]) -> dict:
     x, log_rho = state
-    implicit = truth.law(k, "implicit")
-    # E |1 - rho* / rho| over the flow's particles: twice the total variation, less what lies outside its support
-    ratio = (implicit.log_density(x) - log_rho).exp()
     return {
         "radius": truth.radius_of(x),
         "radius_exact": truth.exact(k),
         "radius_implicit": truth.implicit(k),
         "energy_exact": truth.energy(k),
         "energy_implicit": truth.energy(k, "implicit"),
-        "density_error": float((1 - ratio).abs().mean()),
+        "density_error": _l1(x, log_rho, truth.law(k, "implicit")),
+        "density_error_exact": _l1(x, log_rho, truth.law(k)),
     }
 
 
+def _l1(x: Tensor, log_rho: Tensor, law: Distribution) -> float:
+    """int |rho - rho*| = 2 E max(0, 1 - rho* / rho) over particles x of rho, also where the supports differ."""
+    return 2 * float((1 - (law.log_density(x) - log_rho).exp()).clamp_min(0.0).mean())
+
+
 COLUMNS = (
-    "time", "energy", "energy_implicit", "energy_exact", "move", "residual", "radius", "radius_implicit",
-    "radius_exact", "density_error", "symmetric_kl", "symmetric_kl_to_implicit", "symmetric_kl_implicit", "gap",
-    "w2", "moved", "share",
+    "time", "energy", "energy_implicit", "energy_exact", "energy_at_rest", "move", "residual", "radius",
+    "radius_implicit", "radius_exact", "radius_at_rest", "density_error", "density_error_exact", "symmetric_kl",
+    "symmetric_kl_to_implicit", "symmetric_kl_implicit", "gap", "w2", "moved", "share",
 )  # fmt: skip
 
 
@@ -147,3 +153,41 @@ def steps_table(rows: list[dict], most: int = 12) -> str:
         cells = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in columns]
         lines.append(f"| {row['step']} | " + " | ".join(cells) + " |")
     return "\n".join([lines[0], lines[1] + "|", *lines[2:]])
+
+
+ERRORS = (  # what is judged, then the columns: learned, of the exact implicit steps, of the continuous flow
+    ("energy, of its range", "energy", "energy_implicit", "energy_exact"),
+    ("radius, relative", "radius", "radius_implicit", "radius_exact"),
+)
+DISTANCES = (
+    ("density in L1", "density_error", "density_error_exact"),
+    ("symmetric KL", "symmetric_kl_to_implicit", "symmetric_kl"),
+)
+
+
+def errors_table(rows: list[dict]) -> str:
+    """Markdown: the largest errors over all steps against exact implicit steps and the continuous flow, or ""."""
+    lines = []
+    for label, key, *truths in ERRORS:
+        worst = [_worst(rows, key, truth) for truth in truths]
+        lines += _line(label, worst)
+    for label, *keys in DISTANCES:
+        worst = [max((row[key] for row in rows if row.get(key) is not None), default=None) for key in keys]
+        lines += _line(label, worst)
+    head = "| largest error over the steps | against exact implicit steps | against the continuous flow |"
+    return "\n".join([head, "| --- | --- | --- |", *lines]) if lines else ""
+
+
+def _worst(rows: list[dict], key: str, truth: str) -> float | None:
+    """The largest |row[key] - row[truth]|: for energies in units of the truth's range, else relative to the truth."""
+    known = [row for row in rows if row.get(key) is not None and row.get(truth) is not None]
+    if not known:
+        return None
+    passed = [row[truth] for row in known] + [rows[0]["energy_before"]]
+    unit = max(passed) - min(passed)  # an energy's zero says nothing
+    return max(abs(row[key] - row[truth]) / max(unit if key == "energy" else row[truth], 1e-12) for row in known)
+
+
+def _line(label: str, worst: list[float | None]) -> list[str]:
+    cells = ["" if value is None else f"{value:.2g}" for value in worst]
+    return [f"| {label} | {' | '.join(cells)} |"] if any(cells) else []

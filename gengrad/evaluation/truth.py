@@ -98,13 +98,37 @@ class RadialTruth:
         return float((x.double().square().sum(1).mean() * (p + 1 + d / 2) / (d / 2)).sqrt())
 
 
+@dataclass
+class RingTruth:
+    """Aggregation under W = |z|^4/4 - |z|^2/2, known where it comes to rest alone: on a sphere, without a density.
+
+    E|z|^4 = 2 E|x|^4 + 2 (E|x|^2)^2 + 4 |Cov|^2 for mean zero: at a given E|x|^2 it is least on a sphere with a
+    covariance that is a multiple of I, whatever the law on it.
+    """
+
+    dimension: int
+    law = None
+
+    @property
+    def radius(self) -> float:
+        return closed.ring_radius(self.dimension)
+
+    @property
+    def energy(self) -> float:
+        return closed.ring_energy(self.radius, self.dimension)
+
+    def radius_of(self, x: Tensor) -> float:
+        """The mean distance of x (n, d) from its centre."""
+        return float((x - x.mean(0)).double().norm(dim=1).mean())
+
+
 def symmetric_gaussian_kl(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
     """KL(x | y) + KL(y | x)."""
     there, back = gaussian_kl(mean_x, cov_x, mean_y, cov_y), gaussian_kl(mean_y, cov_y, mean_x, cov_x)
     return float(there + back)
 
 
-def truth_of_flow(method: dict, source: Distribution) -> GaussianTruth | RadialTruth | GridTruth | None:
+def truth_of_flow(method: dict, source: Distribution) -> GaussianTruth | RadialTruth | RingTruth | GridTruth | None:
     """The truth about the flow of a method's ``functional`` from ``source``; None where none is known here."""
     terms, tau = method["functional"], method["tau"]
     by_name = {term["name"]: term for term in terms}
@@ -124,11 +148,13 @@ def truth_of_flow(method: dict, source: Distribution) -> GaussianTruth | RadialT
         isotropic = torch.allclose(a, a[0, 0] * torch.eye(len(a), dtype=a.dtype)) and not b.any()
         if power["m"] == m and power["weight"] == 1.0 and isotropic:
             return RadialTruth(source, tau, "porous_medium", m, float(a[0, 0]))
-    if names == {"interaction"} and isinstance(source, Semicircle | Ball):
-        term, d = by_name["interaction"], source.config.dimension
-        plain = (term["attraction"], term["repulsion"], term["weight"]) == (2.0, 0.0, 1.0)
-        if plain and d == (1 if isinstance(source, Semicircle) else 2):
+    if names == {"interaction"}:
+        term, d = by_name["interaction"], math.prod(source.event_shape)
+        law = (term["attraction"], term["repulsion"], term["weight"])
+        if law == (2.0, 0.0, 1.0) and isinstance(source, Semicircle | Ball) and d == 1 + isinstance(source, Ball):
             return RadialTruth(source, tau, "aggregation")
+        if law == (4.0, 2.0, 1.0):
+            return RingTruth(d)
     return None
 
 

@@ -90,6 +90,12 @@ class Functional(Configured, ABC):
 
     __rmul__ = __mul__
 
+    def __neg__(self) -> Functional:
+        return -1.0 * self
+
+    def __sub__(self, other: Functional) -> Functional:
+        return self + -other if isinstance(other, Functional) else NotImplemented
+
     def __radd__(self, other: object) -> Functional:
         return self if other == 0 else NotImplemented  # so that sum([F, G]) works
 
@@ -129,6 +135,19 @@ def velocity_of(functional: Functional, x: Tensor, memory: dict | None, density:
     if functional.needs_density:
         return functional.velocity(x, memory, density)
     return functional.velocity(x, memory)
+
+
+def samples_of(target: object, functional: Functional) -> Tensor:
+    """The ``target`` of a functional of samples as (m, d); raises ``ValueError`` for what is none."""
+    if not isinstance(target, Tensor) or target.ndim < 2 or not len(target):
+        found = (
+            f"a tensor of shape {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
+        )
+        raise ValueError(
+            f"{type(functional).__name__} takes samples of the target, a tensor (m, *event) of one or more; found "
+            f"{found}. Draw them from a data set with data.sample(m, generator)"
+        )
+    return target.flatten(1)
 
 
 def _terms(functional: Functional) -> list[tuple[float, Functional]]:

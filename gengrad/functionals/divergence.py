@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gengrad.functionals.base import Functional, VelocityField
+from gengrad.functionals.base import Functional, VelocityField, samples_of
 from gengrad.ot import SinkhornResult, sinkhorn_divergence, sinkhorn_velocity
 from gengrad.registry import FUNCTIONALS, Settings
 
@@ -31,7 +31,7 @@ class SinkhornDivergence(Functional):
 
     def __init__(self, target: Tensor, config: Settings | None = None, **settings):
         super().__init__(config, **settings)
-        self.target = target.flatten(1)
+        self.target = samples_of(target, self)
 
     def value(self, x: Tensor) -> Tensor:
         c, target = self.config, self.target.to(x)

@@ -97,6 +97,11 @@ class KL(Sum):
     takes: ClassVar = "density"
 
     def __init__(self, target: Any, config: Settings | None = None):
+        if not callable(getattr(target, "log_density", None)):
+            raise ValueError(
+                f"KL takes a target with log_density(x), (n, *event) -> (n,); found a {type(target).__name__}. Of a "
+                "potential V write PotentialEnergy(V) + Entropy(), for samples alone take SinkhornDivergence or MMD"
+            )
         super().__init__([(1.0, Entropy()), (1.0, PotentialEnergy(lambda x: -target.log_density(x)))])
         self.config = config or self.Config()
         self.target = target

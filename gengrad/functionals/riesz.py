@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gengrad.functionals.base import Functional, VelocityField
+from gengrad.functionals.base import Functional, VelocityField, samples_of
 from gengrad.ot.riesz import Route, kernel_mean, riesz_sums
 from gengrad.registry import FUNCTIONALS, Settings
 
@@ -38,7 +38,7 @@ class RieszMMD(Functional):
         super().__init__(config, **settings)
         if target is not None and not len(target):
             raise ValueError("the target has no points; leave it out for the interaction energy alone")
-        self.target = None if target is None else target.flatten(1)
+        self.target = None if target is None else samples_of(target, self)
 
     @cached_property
     def _target_term(self) -> Tensor:
@@ -125,6 +125,9 @@ class RieszMMD(Functional):
             met = share > 0
             c = c + (share[met].to(v) * v[met].norm(dim=1).pow(r)).sum() / n
         return c
+
+
+MMD = RieszMMD  # the only kernels here
 
 
 def _at_least_two(x: Tensor) -> None:

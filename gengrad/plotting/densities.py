@@ -46,6 +46,8 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
     ):
         if all(key in row for row in rows):
             left.plot(time, [start] + [row[key] for row in rows], label=label, **look)
+    if all("energy_at_rest" in row for row in rows):
+        left.axhline(rows[-1]["energy_at_rest"], color=TARGET, linewidth=3, label="at rest", zorder=0)
     curve_panel(left, "flow time", "energy")
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
     if beside:
@@ -55,6 +57,10 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
             panels[1].set_ylim(bottom=0)
         else:
             panels[1].set_yscale("log")
+            low, high = panels[1].get_ylim()
+            if high < 10 * low:  # a spread of a few per cent is no shape to look at
+                middle = (low * high) ** 0.5
+                panels[1].set_ylim(middle / 10, middle * 10)
         curve_panel(panels[1], "flow time", beside[1])
     return figure
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from gengrad.data import Barenblatt, Gaussian, GaussianMixture, Semicircle, StandardNormal
+from gengrad.data import Ball, Barenblatt, Gaussian, GaussianMixture, Semicircle, StandardNormal
 from gengrad.evaluation.grid import GridTruth
-from gengrad.evaluation.steps import judge_end, judge_steps, steps_table
-from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
+from gengrad.evaluation.steps import errors_table, judge_end, judge_steps, steps_table
+from gengrad.evaluation.truth import GaussianTruth, RadialTruth, RingTruth, truth_of_flow
 from gengrad.flows import Flow
 from gengrad.flows.gradient import GradientTransport
-from gengrad.functionals.expression import read_expression
+from gengrad.functionals.expression import build_expression, read_expression
 from gengrad.networks import ICNN
 from gengrad.ot import bures_map
 
@@ -61,13 +61,44 @@ def test_the_dilation_of_the_exact_step_has_no_error(source, functional):
     assert row["radius"] == pytest.approx(truth.implicit(1), rel=1e-3) and row["density_error"] < 1e-3
 
 
+def test_the_table_of_errors_has_the_exact_step_and_the_continuous_flow():
+    source = Ball(radius=0.4, dimension=2)
+    truth = truth_of_flow(method({"name": "interaction"}, 0.1), source)
+    ratio = truth.implicit(1) / source.radius
+    flow = Flow(source, [affine(ratio * torch.eye(2).double(), torch.zeros(2).double(), 1)])
+    flow.transports[0].record |= {"energy": truth.energy(1, "implicit"), "energy_before": truth.energy(0)}
+    rows = judge_steps(flow, truth, n=20_000, seed=0)
+    # two uniform discs of radii r < R differ by 2 (1 - r^2 / R^2) in L1, whichever of them the particles fill
+    r, big = sorted((truth.implicit(1), truth.exact(1)))
+    assert rows[0]["density_error_exact"] == pytest.approx(2 * (1 - r**2 / big**2), rel=0.1)  # 20,000 particles
+    energy, radius, density = (line.split("|")[1:-1] for line in errors_table(rows).splitlines()[2:])
+    assert float(energy[1]) < 1e-9 and float(radius[1]) < 1e-3
+    fall = truth.energy(0) - truth.energy(1)
+    assert float(energy[2]) == pytest.approx(
+        (truth.energy(1, "implicit") - truth.energy(1)) / fall, rel=0.05
+    )  # 2 digits
+    assert float(radius[2]) == pytest.approx(1 - r / big, rel=0.1) and float(density[2]) > float(density[1])
+    assert not errors_table([{"step": 1, "energy": 0.0}])
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_the_ring_at_rest_has_the_energy_that_a_cloud_on_it_has(d):
+    terms = method({"name": "interaction", "attraction": 4.0, "repulsion": 2.0})
+    truth = truth_of_flow(terms, StandardNormal(event_shape=(d,)))
+    assert isinstance(truth, RingTruth)
+    cross = truth.radius * torch.cat([torch.eye(d), -torch.eye(d)]).double()  # mean 0, covariance R^2 / d
+    energy = build_expression(terms["functional"])
+    assert float(energy(cross)) == pytest.approx(truth.energy) and truth.radius_of(cross) == pytest.approx(truth.radius)
+    assert energy.velocity(cross).abs().max() < 1e-12
+
+
 def test_the_truth_is_recognised_only_where_it_holds():
     mixture = GaussianMixture()
     quadratic = {"name": "potential", "potential": "quadratic"}
     assert truth_of_flow(method([quadratic, "entropy"]), mixture) is None
     assert truth_of_flow(method([quadratic, quadratic]), StandardNormal()) is None
     assert truth_of_flow(method({"name": "power_entropy", "m": 3.0}), Barenblatt(m=2.0)) is None
-    assert truth_of_flow(method({"name": "interaction", "attraction": 4.0, "repulsion": 2.0}), Semicircle()) is None
+    assert truth_of_flow(method({"name": "interaction", "attraction": 4.0, "repulsion": 3.0}), Semicircle()) is None
     rippled = [{"name": "potential", "potential": "rippled"}, "entropy"]
     assert isinstance(truth_of_flow(method(rippled), StandardNormal(event_shape=(1,))), GridTruth)
     assert truth_of_flow(method(rippled), StandardNormal(event_shape=(2,))) is None

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+import gengrad
 from gengrad.data import Gaussian
 from gengrad.data.draws import generator_for
 from gengrad.functionals import KL, Density, Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy, build_expression
 from gengrad.functionals.expression import read_expression
-from gengrad.registry import POTENTIALS
+from gengrad.registry import FUNCTIONALS, POTENTIALS, unknown
 
 SETTINGS = {"gaussian_mixture": {"means": [[0.0, 0.0], [2.0, 1.0]], "scales": [0.5, 1.0]}}
 
@@ -126,6 +127,40 @@ def test_an_expression_is_the_sum_that_python_writes():
 def test_a_wrong_expression_is_a_value_error_that_names_the_mistake(given, says):
     with pytest.raises(ValueError, match=says):
         read_expression(given)
+
+
+def test_every_functional_has_its_name_at_the_top_and_adds_and_subtracts():
+    y, x, density = cloud(6, 2, 1), cloud(5, 2), Density(cloud(5, 1)[:, 0], cloud(5, 2, 2))
+    parts = [
+        gengrad.PotentialEnergy(lambda x: x.square().sum(1)),
+        gengrad.InteractionEnergy(lambda z: z.square().sum(-1)),
+        gengrad.PowerEntropy(m=2),
+        gengrad.KL(Gaussian()),
+        gengrad.SinkhornDivergence(y, epsilon=0.1),
+        gengrad.MMD(y),
+    ]
+    values = [float(part(x, density)) for part in parts]
+    whole = parts[0] + 0.5 * parts[1] - parts[2] + 2 * parts[3] - 0.5 * parts[4] + -parts[5]
+    weights = [1, 0.5, -1, 2, -0.5, -1]
+    assert float(whole(x, density)) == pytest.approx(sum(w * v for w, v in zip(weights, values)))
+    velocities = [part.velocity(x, density=density) if part.needs_density else part.velocity(x) for part in parts]
+    # the divergence's solver stops at a relative error of 1e-2 of its velocity, warm or not
+    total = sum(w * v for w, v in zip(weights, velocities))
+    assert torch.allclose(whole.velocity(x, density=density), total, atol=2e-2)
+    assert "Did you mean 'riesz_mmd'" in unknown("functional", "mmd", FUNCTIONALS)
+
+
+@pytest.mark.parametrize("given", [Gaussian(), torch.zeros(3), torch.zeros(0, 2)])
+@pytest.mark.parametrize("functional", [gengrad.SinkhornDivergence, gengrad.MMD])
+def test_a_divergence_of_anything_but_samples_is_refused(functional, given):
+    with pytest.raises(ValueError, match=r"takes samples of the target, a tensor|has no points"):
+        functional(given)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(3, 2), lambda x: x.sum(1)])
+def test_kl_to_what_has_no_density_is_refused_with_what_to_write_instead(given):
+    with pytest.raises(ValueError, match=r"PotentialEnergy\(V\) \+ Entropy\(\)"):
+        gengrad.KL(given)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def guarded(command: Callable[[Namespace], int | None], given: Namespace | None)
         if not _is_users(error):
             raise
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"gengrad: {error}", file=sys.stderr)
+            print("\n".join([f"gengrad: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
 
 

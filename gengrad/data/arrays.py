@@ -88,7 +88,10 @@ def _read_csv(file: Path) -> np.ndarray:
                     if width is None:  # the first line that is not empty: a header
                         width = len(record)
                         continue
-                    raise ValueError(f"{place()}: not a row of numbers: {record[:8]}") from None
+                    raise ValueError(
+                        f"{place()}: not a row of numbers: {record[:8]}; text must be encoded and gaps filled, "
+                        "columns separated by commas"
+                    ) from None
                 width = width if width is not None else len(row)
                 if len(row) != width:
                     raise ValueError(f"{place()}: {len(row)} columns where {width} are expected")

@@ -78,7 +78,8 @@ class LogisticPosterior(Distribution):
         if len(kinds) != 2:
             raise ValueError(
                 f"{c.path!r}: the labels must be of two kinds; found {len(kinds)}: {kinds[:5].tolist()}"
-                + (" ... (is the label in the other column? data.label=first)" if len(kinds) > 5 else "")
+                + (" ..." if len(kinds) > 5 else "")
+                + (". Is the label in another column? data.label=first" if c.label == "last" else "")
             )
         return torch.from_numpy(x.astype(np.float64)), torch.from_numpy(np.where(y == kinds[1], 1.0, -1.0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -107,7 +108,11 @@ class RingTruth:
     """
 
     dimension: int
-    law = None
+
+    @property
+    def law(self) -> Callable | None:
+        """In the plane the ring itself, to be drawn; it has no density."""
+        return (lambda k: self) if self.dimension == 2 else None
 
     @property
     def radius(self) -> float:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def log_density(flow: Flow, x: Tensor, step: int | None = None, chunk: int = 4096) -> Tensor:
     """log rho_step(x) for x (n, *event) -> (n,) float64; ``Flow.log_density`` says what it raises."""
-    _check(flow, step)
+    _check(flow, x, step)
     if not hasattr(flow.source, "log_density"):
         raise ValueError(f"the source {flow.source.name!r} has no log density, so the flow has none")
     transports = doubled(flow, step)
@@ -29,7 +29,7 @@ def log_density(flow: Flow, x: Tensor, step: int | None = None, chunk: int = 409
 
 def to_source(flow: Flow, x: Tensor, step: int | None = None, chunk: int = 4096) -> Tensor:
     """The source points of x (n, *event), float64; ``Flow.to_source`` says what it raises."""
-    _check(flow, step)
+    _check(flow, x, step)
     transports = doubled(flow, step)
     return torch.cat([_way_back(flow, transports, part)[-1] for part in x.split(chunk)])
 
@@ -59,7 +59,14 @@ def _way_back(flow: Flow, transports: list[Transport], x: Tensor) -> list[Tensor
     return way
 
 
-def _check(flow: Flow, step: int | None) -> None:
+def _check(flow: Flow, x: Tensor, step: int | None) -> None:
+    if not isinstance(x, Tensor) or not x.ndim or tuple(x.shape[1:]) != flow.event_shape:
+        found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        shape = f"(n, {', '.join(map(str, flow.event_shape))})"
+        raise ValueError(f"x must be points of the flow, a tensor of shape {shape}; found {found}")
+    if not bool(x.isfinite().all()):
+        rows = (~x.flatten(1).isfinite().all(1)).nonzero()[:, 0]
+        raise ValueError(f"x must be finite; {len(rows)} of {len(x)} points are not, first that of row {int(rows[0])}")
     for number, transport in enumerate(flow.transports[: flow.steps(step)]):
         if not transport.has_density:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -214,8 +215,8 @@ class Flow(nn.Module):
     def steps(self, step: int | None) -> int:
         """How many transports ``step`` names: itself, or all; ``ValueError`` beyond them."""
         count = len(self.transports)
-        if step is not None and not 0 <= step <= count:
-            raise ValueError(f"step={step} is not between 0 and the flow's {count} transports")
+        if step is not None and (not isinstance(step, Integral) or not 0 <= step <= count):
+            raise ValueError(f"step={step} is not a whole number between 0 and the flow's {count} transports")
         return count if step is None else step
 
     # ---------------------------------------------------------------- clouds of the user's, for a learned operator

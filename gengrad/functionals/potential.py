@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from gengrad.functionals.base import Functional, VelocityField
@@ -61,7 +61,7 @@ class PotentialEnergy(Functional):
         if not bool(v.isfinite().all()):
             row = int((~v.isfinite()).nonzero()[0])
             raise ValueError(
-                f"the potential is {float(v[row])} at the point {x[row].detach().flatten()[:8].tolist()} "
+                f"the potential is {float(v[row].detach())} at the point {x[row].detach().flatten()[:8].tolist()} "
                 f"({int((~v.isfinite()).sum())} of {len(x)} points); it must be finite wherever mass can go"
             )
         return v.mean()
@@ -99,15 +99,29 @@ class Quadratic(Configured):
         if c.centre is not None:
             self.b = torch.tensor(c.centre, dtype=torch.float64)
 
+        if len({len(self.b), *self.a.shape} - {1}) > 1:
+            raise ValueError(f"potential 'quadratic': centre has {len(self.b)} entries, the matrix {len(self.a)} rows")
+
     def full(self, d: int) -> tuple[Tensor, Tensor]:
         """(A, b) as a (d, d) matrix and a (d,) vector in float64."""
         a = self.a if self.a.ndim == 2 else self.a * torch.eye(d, dtype=torch.float64)
         return a, self.b.expand(d).clone() if len(self.b) == 1 else self.b
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = x.flatten(1) - self.b.to(x)
-        a = self.a.to(x)
+        x, a = x.flatten(1), self.a.to(x)
+        if (d := max(len(self.b), *a.shape, 1)) > 1:  # a stiffness alone takes any
+            _of_dimension(d, x, "quadratic", "seed with dimension, matrix, centre")
+        y = x - self.b.to(x)
         return (y * (y @ a if a.ndim == 2 else a * y)).sum(1) / 2
+
+
+def _of_dimension(d: int, x: Tensor, name: str, keys: str) -> None:
+    """Raises ``ValueError`` where a potential of d coordinates meets points x (n, other than d)."""
+    if x.shape[1] != d:
+        raise ValueError(
+            f"potential {name!r} is one of {d} coordinates, the points have {x.shape[1]}: its settings that say so "
+            f"({keys}) must fit data and source"
+        )
 
 
 def random_spd(d: int, condition: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -148,8 +162,18 @@ class MixturePotential(Configured):
         weights: list[Positive] | None = None
         scales: list[Positive] | None = None
 
+        @model_validator(mode="after")
+        def _as_many_of_each(self):
+            if len({len(mean) for mean in self.means}) > 1:
+                raise ValueError("means: all of them must have the same number of coordinates")
+            for key in ("weights", "scales"):
+                if (given := getattr(self, key)) is not None and len(given) != len(self.means):
+                    raise ValueError(f"{key}: {len(given)} of them for {len(self.means)} means")
+            return self
+
     def __call__(self, x: Tensor) -> Tensor:
         c, x = self.config, x.flatten(1)
+        _of_dimension(len(c.means[0]), x, "gaussian_mixture", "means")
         means = torch.tensor(c.means).to(x)
         w, s = (torch.tensor(given or [1.0] * len(means)).to(x) for given in (c.weights, c.scales))
         away = (x[:, None] - means).square().sum(-1) / (2 * s.square())

@@ -76,7 +76,7 @@ def density_figure(states: Sequence[State], law: Law, times: Sequence[float], ch
         truth = law(k) if law is not None else None
         _panel(axes, states[k], truth, limits, top, k / max(len(states) - 1, 1))
         axes.set_title(f"t = {times[k]:.3g}", fontsize=11, color=INK)
-    if states[0][0].shape[1] != 2:
+    if states[0][0].shape[1] != 2 or law is not None:
         legend_below(figure, panels[-1], 2)
     return figure
 
@@ -136,12 +136,18 @@ def _plane(axes: Axes, x: Tensor, log_rho: Tensor, truth: Any, limits: Sequence)
     axes.tripcolor(x[:, 0].numpy(), x[:, 1].numpy(), density, shading="gouraud", cmap="Blues", vmin=0,
                    vmax=float(np.quantile(density, 0.995)))  # fmt: skip
     if truth is not None:
+        look = {"colors": [PALE_INK], "linewidths": 0.8}
+        axes.plot([], [], color=PALE_INK, linewidth=0.8, label="truth, or target")
         lines = [np.linspace(limits[0][i], limits[1][i], 120) for i in range(2)]
         grid = torch.from_numpy(np.stack(np.meshgrid(*lines), axis=-1).reshape(-1, 2))
-        values = truth.log_density(grid).exp().reshape(120, 120).numpy()
-        if values.max() > 0:
+        if hasattr(truth, "log_density"):
+            values = truth.log_density(grid).exp().reshape(120, 120).numpy()
             levels = values.max() * np.array([0.05, 0.25, 0.5, 0.75])
-            axes.contour(lines[0], lines[1], values, levels=levels, colors=[PALE_INK], linewidths=0.8)
+        else:  # mass at rest on a ring
+            values = (grid - x.mean(0)).norm(dim=1).reshape(120, 120).numpy()
+            levels = [truth.radius]
+        if values.max() > 0:
+            axes.contour(lines[0], lines[1], values, levels=levels, **look)
     axes.set(xlim=(limits[0][0], limits[1][0]), ylim=(limits[0][1], limits[1][1]), xticks=[], yticks=[], aspect="equal")
     for spine in axes.spines.values():
         spine.set(color="#D5D8DC", linewidth=0.8)

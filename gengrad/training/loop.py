@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def fit(stages: Iterable[Stage], flow: Flow, settings: TrainSettings, run: Run, 
         run.progress = Progress(**found.shared["progress"])
     run.tracker.cut(found.shared["metrics_position"] if found is not None else 0)
     trained = False
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, _told_what_is_kept(run):
         for number, stage in enumerate(stages):
             if number < run.progress.stage:
                 continue  # its transport is in the flow already
@@ -94,6 +95,18 @@ def fit(stages: Iterable[Stage], flow: Flow, settings: TrainSettings, run: Run, 
     if not trained:  # a kill may have come between the last checkpoint and its publication
         _publish(lambda: run.publish(flow, run.progress), run)
     return ended(True, None)
+
+
+@contextmanager
+def _told_what_is_kept(run: Run) -> Iterator[None]:
+    """Notes on a ``ValueError`` of a later stage that the flow of those before it stands, unless it says so itself."""
+    try:
+        yield
+    except ValueError as error:
+        done = run.progress.stage
+        if done and "is kept" not in str(error):
+            error.add_note(f"This was in stage {done + 1}; the flow of the {done} before is kept in {run.directory}")
+        raise
 
 
 def _fit_stage(

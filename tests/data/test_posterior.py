@@ -61,7 +61,7 @@ def test_weights_that_separate_the_classes_score_better_than_their_opposite(tabl
     ("changes", "says"),
     [
         ({"labels": [1] * 60}, "of two kinds; found 1"),
-        ({"labels": list(range(60))}, "label in the other column"),
+        ({"labels": list(range(60))}, "Is the label in another column"),
         ({"text": "red,1,2,1"}, "not a row of numbers"),
     ],
 )

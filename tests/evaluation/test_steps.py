@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from gengrad.data import Ball, Barenblatt, Gaussian, GaussianMixture, Semicircle, StandardNormal
 from gengrad.evaluation.grid import GridTruth
@@ -12,6 +13,8 @@ from gengrad.flows.gradient import GradientTransport
 from gengrad.functionals.expression import build_expression, read_expression
 from gengrad.networks import ICNN
 from gengrad.ot import bures_map
+from gengrad.plotting.densities import energy_figure
+from gengrad.sampling import judge_along
 
 
 def method(functional, tau=0.1):
@@ -102,3 +105,31 @@ def test_the_truth_is_recognised_only_where_it_holds():
     rippled = [{"name": "potential", "potential": "rippled"}, "entropy"]
     assert isinstance(truth_of_flow(method(rippled), StandardNormal(event_shape=(1,))), GridTruth)
     assert truth_of_flow(method(rippled), StandardNormal(event_shape=(2,))) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "functional", "told"),
+    [
+        (Barenblatt(m=2.0, radius=0.5), {"name": "power_entropy", "m": 2.0}, "| density in L1 |"),
+        (Gaussian(), {"name": "interaction", "attraction": 4.0, "repulsion": 2.0}, "radius at rest"),
+    ],
+)
+def test_evaluation_leaves_tables_and_pictures_with_a_frame_for_every_state(source, functional, told, tmp_path):
+    d = source.event_shape[0]
+    maps = [affine(0.9 * torch.eye(d).double(), torch.zeros(d).double(), k) for k in (1, 2)]
+    for k, transport in enumerate(maps):
+        transport.record |= {"energy": 1.0 - 0.1 * (k + 1), "energy_before": 1.0 - 0.1 * k, "residual": 0.5}
+    config = {"method": method(functional), "data": {"name": "space", "dimension": d}}
+    report = judge_along(Flow(source, maps, info={"config": config}), tmp_path, n=100, seed=0)
+    assert report["pictures"] == "energy.png, density.png, density.gif" and told in report["table"]
+    assert (tmp_path / "steps.md").read_text().strip() == report["table"]
+    for name in ("energy.png", "density.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    with Image.open(tmp_path / "density.gif") as gif:
+        assert gif.n_frames == 3
+
+
+def test_residuals_that_hardly_differ_are_drawn_on_an_axis_of_two_decades():
+    rows = [{"time": t, "energy": 1.0, "energy_before": 1.0, "residual": 3e-5 * (1 + t / 100)} for t in (1.0, 2.0)]
+    low, high = energy_figure(rows).axes[1].get_ylim()
+    assert high / low == pytest.approx(100)

@@ -70,7 +70,7 @@ def test_sampling_stops_at_the_step_asked_for_and_counts_one_evaluation_a_step()
     for step in range(4):
         drawn = f.draw_samples(5, seed=2, step=step)
         assert torch.allclose(drawn.x, path[step], atol=1e-6) and drawn.nfe == step
-    with pytest.raises(ValueError, match="not between 0 and the flow's 3"):
+    with pytest.raises(ValueError, match="not a whole number between 0 and the flow's 3"):
         f.sample(5, step=4)
 
 
@@ -93,6 +93,23 @@ def test_densities_are_refused_where_there_are_none():
     moons = gengrad.data.Moons()
     with pytest.raises(ValueError, match="'moons' has no log density"):
         Flow(moons, [GradientTransport(network(0))]).log_density(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        ([[0.0, 0.0]], "found a list"),
+        (torch.zeros(3), r"found a tensor of shape \(3,\)"),
+        (torch.zeros(3, 1), r"tensor of shape \(n, 2\)"),
+        (torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]), "1 of 2 points are not, first that of row 1"),
+    ],
+)
+def test_what_is_no_point_of_the_flow_is_refused(x, says):
+    for ask in (flow().log_density, flow().to_source):
+        with pytest.raises(ValueError, match=says):
+            ask(x)
+    with pytest.raises(ValueError, match="is not a whole number"):
+        flow().log_density(torch.zeros(1, 2), step=1.5)
 
 
 def test_a_cloud_carries_the_density_and_the_score_of_its_flow():

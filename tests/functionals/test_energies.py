@@ -122,6 +122,14 @@ def test_an_expression_is_the_sum_that_python_writes():
         ({"name": "power_entropy", "m": 0.5}, "m: .*greater than 1"),
         ({"name": "potential", "potential": {"name": "quadratic", "stifness": 1.0}}, "stifness"),
         ({"name": "interaction", "attraction": 1.0, "repulsion": 2.0}, "below attraction"),
+        (
+            {"name": "potential", "potential": {"name": "gaussian_mixture", "means": [[0.0], [1.0]], "scales": [1.0]}},
+            "scales: 1 of them for 2 means",
+        ),
+        (
+            {"name": "potential", "potential": {"name": "gaussian_mixture", "means": [[0.0], [1.0, 2.0]]}},
+            "the same number of coordinates",
+        ),
     ],
 )
 def test_a_wrong_expression_is_a_value_error_that_names_the_mistake(given, says):
@@ -174,6 +182,22 @@ def test_kl_to_what_has_no_density_is_refused_with_what_to_write_instead(given):
 def test_a_potential_of_the_wrong_shape_or_value_is_refused(potential, says):
     with pytest.raises(ValueError, match=says):
         PotentialEnergy(potential)(cloud(4, 2))
+
+
+@pytest.mark.parametrize(
+    "potential",
+    [
+        {"name": "quadratic", "matrix": [[1.0, 0.0], [0.0, 1.0]]},
+        {"name": "quadratic", "centre": [1.0, 0.0]},
+        {"name": "quadratic", "seed": 0},
+        {"name": "gaussian_mixture", "means": [[1.0]]},
+    ],
+)
+def test_a_named_potential_of_another_dimension_is_refused_with_its_settings(potential):
+    with pytest.raises(ValueError, match=r"of [12] coordinates, the points have 3: its settings .*(matrix|means)"):
+        PotentialEnergy(potential=potential)(cloud(4, 3))
+    with pytest.raises(ValueError, match="centre has 3 entries, the matrix 2 rows"):
+        PotentialEnergy(potential={"name": "quadratic", "seed": 0, "centre": [0.0, 0.0, 0.0]})
 
 
 def test_an_entropy_without_a_density_is_refused_with_the_way_out():

@@ -7,6 +7,7 @@ import yaml
 import gengrad
 from gengrad.cli import main
 from gengrad.methods.jko_stage import JKOStage
+from gengrad.registry import POTENTIALS, Configured
 
 BASE = {
     "source": {"name": "normal"},
@@ -68,6 +69,27 @@ CASES = {
 }  # fmt: skip
 
 
+class Cliff(Configured):
+    """A bowl around a point where a logarithm has no value: the first step gets there, the next cannot begin."""
+
+    def __call__(self, x):
+        return (x - 6).square().sum(1) / 2 + 0 * (5 - x.mean(0)).log().sum()
+
+
+class Coordinates(Configured):
+    """As many numbers a point as it has coordinates, where one is asked for."""
+
+    def __call__(self, x):
+        return x.square()
+
+
+@pytest.fixture
+def own_potentials(monkeypatch):
+    monkeypatch.setattr(POTENTIALS, "_classes", dict(POTENTIALS._classes))
+    POTENTIALS.register("cliff")(Cliff)
+    POTENTIALS.register("coordinates")(Coordinates)
+
+
 def run(tmp_path, changes, method):
     raw = {key: dict(value) for key, value in BASE.items()} | {"out": str(tmp_path / "run")}
     for key, value in changes.items():
@@ -101,3 +123,21 @@ def test_where_the_energy_rises_the_run_ends_and_the_good_steps_stay(tmp_path, c
     told = capsys.readouterr().err
     assert "step_2: the energy rose" in told and "the flow of the 1 steps before is kept" in told
     assert len(gengrad.load(tmp_path / "run").transports) == 1
+
+
+@pytest.mark.filterwarnings("error:Converting a tensor")
+def test_a_potential_of_one_s_own_that_fails_on_the_way_says_so_and_the_good_steps_stay(
+    tmp_path, capsys, own_potentials
+):
+    terms = [{"name": "potential", "potential": "cliff"}, "entropy"]
+    assert run(tmp_path, {}, {"functional": terms, "tau": 2.0, "jko_steps": 2}) == 2
+    told = capsys.readouterr().err
+    assert "the potential is nan at the point" in told and "finite wherever mass can go" in told, told
+    assert f"stage 2; the flow of the 1 before is kept in {tmp_path / 'run'}" in told
+    assert len(gengrad.load(tmp_path / "run").transports) == 1
+
+
+def test_a_potential_of_one_s_own_that_gives_the_wrong_shape_says_which(tmp_path, capsys, own_potentials):
+    assert run(tmp_path, {}, {"functional": {"name": "potential", "potential": "coordinates"}}) == 2
+    told = capsys.readouterr().err
+    assert "one number a point" in told and "x.square().sum(1)" in told and "is kept" not in told

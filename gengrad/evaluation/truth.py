@@ -120,7 +120,8 @@ class RingTruth:
 
     @property
     def energy(self) -> float:
-        return closed.ring_energy(self.radius, self.dimension)
+        """1/2 E W at rest: E|z|^2 = 2 R^2 and E|z|^4 = 4 R^4 (1 + 1/d)."""
+        return (self.radius**4 * (1 + 1 / self.dimension) - self.radius**2) / 2
 
     def radius_of(self, x: Tensor) -> float:
         """The mean distance of x (n, d) from its centre."""

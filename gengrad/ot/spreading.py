@@ -75,8 +75,3 @@ def aggregation_energy(r: float, d: int) -> float:
 def ring_radius(d: int) -> float:
     """Radius of the sphere on which W = |z|^4/4 - |z|^2/2 comes to rest: sqrt(d / (2d + 2))."""
     return math.sqrt(d / (2 * d + 2))
-
-
-def ring_energy(r: float, d: int) -> float:
-    """1/2 E W of the uniform law on the sphere of radius r: E|z|^2 = 2 r^2, E|z|^4 = 4 r^4 (1 + 1/d)."""
-    return (r**4 * (1 + 1 / d) - r**2) / 2

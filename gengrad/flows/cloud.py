@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gengrad.data.draws import Keyed
 from gengrad.flows.transports import KINDS, Noise, Transport
-from gengrad.functionals.base import Functional, Sum, VelocityField
+from gengrad.functionals.base import Functional, Sum, VelocityField, terms_of
 from gengrad.functionals.expression import build_expression
 from gengrad.functionals.internal import Entropy
 from gengrad.registry import DATASETS
@@ -105,7 +105,7 @@ def without_entropy(functional: Functional) -> tuple[Functional, float]:
 
     The flow of T Ent is the heat equation, which noise of variance 2 T tau a step gives particles.
     """
-    terms = functional.terms if isinstance(functional, Sum) else [(1.0, functional)]
+    terms = terms_of(functional)
     temperature = sum(weight for weight, term in terms if isinstance(term, Entropy))
     rest = Sum([(weight, term) for weight, term in terms if not isinstance(term, Entropy)])
     if rest.needs_density:

@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import solveh_banded
 from torch import Tensor
 
-from gengrad.functionals.base import Functional, Sum
+from gengrad.functionals.base import Functional, terms_of
 from gengrad.functionals.internal import InternalEnergy
 from gengrad.functionals.potential import PotentialEnergy
 
@@ -99,7 +99,7 @@ def _derivatives(
 
 
 def _parts(functional: Functional) -> tuple[list, list]:
-    terms = functional.terms if isinstance(functional, Sum) else [(1.0, functional)]
+    terms = terms_of(functional)
     smooth = [(weight, term) for weight, term in terms if isinstance(term, PotentialEnergy)]
     internal = [(weight, term) for weight, term in terms if isinstance(term, InternalEnergy)]
     if len(smooth) + len(internal) < len(terms):

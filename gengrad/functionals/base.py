@@ -81,12 +81,12 @@ class Functional(Configured, ABC):
     def __add__(self, other: Functional) -> Functional:
         if not isinstance(other, Functional):
             return NotImplemented
-        return Sum([*_terms(self), *_terms(other)])
+        return Sum([*terms_of(self), *terms_of(other)])
 
     def __mul__(self, factor: float) -> Functional:
         if not isinstance(factor, int | float):
             return NotImplemented
-        return Sum([(float(factor) * weight, term) for weight, term in _terms(self)])
+        return Sum([(float(factor) * weight, term) for weight, term in terms_of(self)])
 
     __rmul__ = __mul__
 
@@ -150,5 +150,6 @@ def samples_of(target: object, functional: Functional) -> Tensor:
     return target.flatten(1)
 
 
-def _terms(functional: Functional) -> list[tuple[float, Functional]]:
+def terms_of(functional: Functional) -> list[tuple[float, Functional]]:
+    """[(weight, term), ...] of a sum, and of one term alone."""
     return functional.terms if isinstance(functional, Sum) else [(1.0, functional)]

@@ -13,7 +13,7 @@ import torch
 from pydantic import BeforeValidator, ValidationError
 from torch import Tensor
 
-from gengrad.functionals.base import Density, Functional, Sum, velocity_of
+from gengrad.functionals.base import Density, Functional, Sum, terms_of, velocity_of
 from gengrad.functionals.interaction import InteractionEnergy
 from gengrad.registry import FUNCTIONALS
 
@@ -94,8 +94,7 @@ def build_expression(terms: list[dict], target: object = None, samples: Tensor |
             raise ValueError(f"functional {term['name']!r} compares with samples of the data, and there are none")
         given = {"density": target, "samples": samples, "nothing": None}[cls.takes]
         functional = cls(config=config) if given is None else cls(given, config=config)
-        inner = functional.terms if isinstance(functional, Sum) else [(1.0, functional)]
-        built += [(term["weight"] * weight, part) for weight, part in inner]
+        built += [(term["weight"] * weight, part) for weight, part in terms_of(functional)]
     return built[0][1] if len(built) == 1 and built[0][0] == 1.0 else Sum(built)
 
 
@@ -113,8 +112,8 @@ def needs_density(terms: list[dict]) -> bool:
 
 def has_pairs(functional: Functional) -> bool:
     """Whether the functional's cost grows with the square of the number of particles."""
-    terms = functional.terms if isinstance(functional, Sum) else [(1.0, functional)]
-    return any(isinstance(term, InteractionEnergy) or term.takes == "samples" for _, term in terms)
+    kinds = [isinstance(term, InteractionEnergy) or term.takes == "samples" for _, term in terms_of(functional)]
+    return any(kinds)
 
 
 def gradient_of(functional: Functional, x: Tensor, density: Density | None) -> Tensor:

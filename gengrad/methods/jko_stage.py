@@ -15,7 +15,7 @@ from gengrad.flows.density_cloud import Cloud, pushed_density
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.operator import OperatorTransport
 from gengrad.flows.transports import Transport
-from gengrad.functionals.base import Density, Functional
+from gengrad.functionals.base import Density, Functional, terms_of
 from gengrad.functionals.expression import gradient_of, has_pairs
 from gengrad.methods import jko_warm as warm
 from gengrad.methods.base import Part, Problem, Stage
@@ -251,5 +251,4 @@ def steps_of(k: int, count: int, total: int) -> int:
 
 
 def _is_singular(functional: Functional) -> bool:
-    terms = functional.terms if hasattr(functional, "terms") else [(1.0, functional)]
-    return any(getattr(term, "singular", False) for _, term in terms)
+    return any(getattr(term, "singular", False) for _, term in terms_of(functional))

@@ -84,6 +84,7 @@ def config_of(method: str, steps: int, given: argparse.Namespace, out: Path) -> 
     if METHODS[method]:
         raw["method"] = METHODS[method]
     raw["train"] |= {"steps": steps, "warmup": min(raw["train"]["warmup"], steps // 10)}
+    raw["train"]["preview_every"] = None  # the time is for training
     raw["train"]["checkpoint_every"] = max(1, min(raw["train"]["checkpoint_every"], steps // 4))
     return read_config(raw | {"out": str(out), "device": "auto"})
 

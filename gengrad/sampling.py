@@ -87,11 +87,14 @@ def write_strip(flow: Flow, nfes: list[int], file: Path, *, n: int = 12, **optio
 
 
 def features_at_hand(target: FiniteData) -> str:
-    """The best features that need nothing more: Inception's where its weights are, else a classifier's, else pixels."""
+    """The best features that need nothing more: Inception's where its weights are, else a classifier's, else pixels.
+
+    Raises ``ValueError`` where a file lies in the weights' place that is not them.
+    """
     try:
         inception_weights()
         return "inception"
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return "classifier" if getattr(target, "held_out_labels", None) is not None else "identity"
 
 
@@ -131,6 +134,7 @@ def judge_images(
     folder: Path,
     reference: str | None = None,
     solver: str | None = None,
+    label: int | None = None,
     guidance: float = 1.0,
     inception: Path | None = None,
     keep: bool = False,
@@ -139,9 +143,10 @@ def judge_images(
     """Frechet and kernel distance, Inception score, precision and recall of the flow's images at each NFE.
 
     ``features``: inception, classifier or identity. ``reference``: which images they are compared with, ``train`` (the
-    default for inception, as published FIDs) or ``held_out``; the floor compares the images of the other part. Samples
-    and features lie in shards under ``folder`` until the end (``keep``: after it), so that an interrupted evaluation
-    goes on; several processes (``ranks``) share them out. The same dict as ``judge``, on the first process.
+    default for inception, as published FIDs) or ``held_out``; the floor compares the images of the other part. With a
+    ``label`` samples, reference and floor are of that class alone. Samples and features lie in shards under ``folder``
+    until the end (``keep``: after it), so that an interrupted evaluation goes on; several processes (``ranks``) share
+    them out. The same dict as ``judge``, on the first process.
     """
     ranks = ranks or Ranks()
     if ranks.first:
@@ -150,7 +155,7 @@ def judge_images(
     if not ranks.first:
         extract = extractor(features, target, inception)
     extract = extract.to(flow.device)
-    options = {"solver": solver, "guidance": guidance}
+    options = {"solver": solver, "label": label, "guidance": guidance}
     seeds = sampling_seeds(seed, draws)
     drawn = {}
     for nfe in nfes:
@@ -165,7 +170,7 @@ def judge_images(
     ranks.barrier()
     if not ranks.first:
         return {}
-    protocol, truth, floor = _image_reference(target, extract, reference, n)
+    protocol, truth, floor = _image_reference(target, extract, reference, n, label)
     protocol |= {"n": n, "seeds": seeds, **options}
     results = []
     for nfe in nfes:
@@ -188,14 +193,18 @@ def judge_images(
 
 
 def _image_reference(
-    target: FiniteData, extract: Extractor, reference: str | None, n: int
+    target: FiniteData, extract: Extractor, reference: str | None, n: int, label: int | None
 ) -> tuple[dict, Statistics, dict | None]:
     """(what was compared with what, statistics of the reference, scores of data against data)."""
     parts = {"train": target.points, "held_out": target.held_out}
-    chosen = reference or ("train" if extract.kind == "inception" or len(target.held_out) < 2 else "held_out")
+    named = target.name
+    if label is not None:
+        labels = {"train": target.labels, "held_out": target.held_out_labels}
+        parts, named = {part: x[labels[part] == label] for part, x in parts.items()}, f"{named}'s class {label}"
+    chosen = reference or ("train" if extract.kind == "inception" or len(parts["held_out"]) < 2 else "held_out")
     other = "held_out" if chosen == "train" else "train"
     if len(parts[chosen]) < 2:
-        raise ValueError(f"data set {target.name!r} has {len(parts[chosen])} images in part {chosen!r}: use {other!r}")
+        raise ValueError(f"{named} has {len(parts[chosen])} images in part {chosen!r}: use {other!r}")
     truth = reference_statistics(as_bytes(parts[chosen]), extract)
     rows = torch.randperm(len(parts[other]), generator=generator_for(0, "image floor"))[:n].sort().values
     floor = None
@@ -203,8 +212,8 @@ def _image_reference(
         floor = image_scores(reference_statistics(as_bytes(parts[other][rows]), extract), truth, extract)
     return (
         {
-            "reference": f"{truth.n:,} images of {target.name} ({chosen})",
-            "floor": f"{len(rows):,} images of {target.name} ({other})",
+            "reference": f"{truth.n:,} images of {named} ({chosen})",
+            "floor": f"{len(rows):,} images of {named} ({other})",
             **extract.describe(),
         },
         truth,

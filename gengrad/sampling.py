@@ -200,7 +200,7 @@ def _image_reference(
     named = target.name
     if label is not None:
         labels = {"train": target.labels, "held_out": target.held_out_labels}
-        parts, named = {part: x[labels[part] == label] for part, x in parts.items()}, f"{named}'s class {label}"
+        parts, named = {part: x[labels[part] == label] for part, x in parts.items()}, f"class {label} of {named}"
     chosen = reference or ("train" if extract.kind == "inception" or len(parts["held_out"]) < 2 else "held_out")
     other = "held_out" if chosen == "train" else "train"
     if len(parts[chosen]) < 2:

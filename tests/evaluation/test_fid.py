@@ -122,6 +122,17 @@ def test_the_classifier_is_seeded_cached_and_says_how_good_it_is(monkeypatch):
     assert first(images).x.shape == (50, 128) and first(images).logits.shape == (50, 10)
 
 
+def test_a_classifier_whose_file_is_damaged_is_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
+    first = extractor("classifier", Digits())
+    (file,) = (tmp_path / "cache").glob("classifier-*")
+    whole = file.read_bytes()
+    for damaged in (whole[:1000], b"", whole.replace(b"accuracy", b"acurracy")):
+        file.write_bytes(damaged)
+        assert extractor("classifier", Digits()).about["accuracy"] == first.about["accuracy"]
+        assert file.read_bytes() == whole
+
+
 def test_data_without_labels_have_no_classifier(tmp_path):
     from gengrad.data import ImageArray
 

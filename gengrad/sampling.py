@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENDINGS = (".npy", ".pt", ".png")
+SILENCE = 30.0  # seconds of drawing samples after which a line says how far it is
 
 
 def target_of(flow: Flow) -> Distribution:
@@ -157,16 +161,7 @@ def judge_images(
     extract = extract.to(flow.device)
     options = {"solver": solver, "label": label, "guidance": guidance}
     seeds = sampling_seeds(seed, draws)
-    drawn = {}
-    for nfe in nfes:
-        for draw_seed in seeds:
-            settings = {"nfe": nfe, "seed": draw_seed, **options}
-            place = {**settings, "flow": flow.describe()["transports"], "weights": flow.fingerprint()}
-            key = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
-            shards = Shards(flow, folder / key, n, rank=ranks.rank, world=ranks.world, **settings)
-            shards.draw()
-            shards.extract(extract)
-            drawn[nfe, draw_seed] = shards
+    drawn = _drawn(flow, extract, [(nfe, s) for nfe in nfes for s in seeds], n, folder, ranks, options)
     ranks.barrier()
     if not ranks.first:
         return {}
@@ -190,6 +185,30 @@ def judge_images(
     rows = [image_row(result, extract.distance) for result in results]
     about = {"solver": solver, "run": flow.info, "versions": versions(), "metric": extract.distance}
     return {"table": rows, "results": results, **about}
+
+
+def _drawn(
+    flow: Flow, extract: Extractor, asked: list[tuple[int, int]], n: int, folder: Path, ranks: Ranks, options: dict
+) -> dict[tuple[int, int], Shards]:
+    """Samples and features at each (NFE, seed), in shards; long work is told on standard error, every half minute."""
+    drawn, spoken = {}, time.perf_counter()
+
+    def tell(place: str, what: str, count: int) -> None:
+        nonlocal spoken
+        if ranks.first and time.perf_counter() - spoken > SILENCE:
+            spoken = time.perf_counter()
+            print(f"{place}, {what} {count:,} of {n:,}", file=sys.stderr)
+
+    for number, (nfe, seed) in enumerate(asked):
+        settings = {"nfe": nfe, "seed": seed, **options}
+        place = {**settings, "flow": flow.describe()["transports"], "weights": flow.fingerprint()}
+        key = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
+        shards = Shards(flow, folder / key, n, rank=ranks.rank, world=ranks.world, **settings)
+        said = f"{number + 1} of {len(asked)}: NFE {nfe}, seed {seed}"
+        shards.draw(partial(tell, said, "samples"))
+        shards.extract(extract, partial(tell, said, "features"))
+        drawn[nfe, seed] = shards
+    return drawn
 
 
 def _image_reference(

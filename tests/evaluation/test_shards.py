@@ -102,6 +102,19 @@ def test_evaluate_writes_scores_that_are_not_called_fid(run, tmp_path, capsys):
     assert len(list((run / "samples").rglob("0*.safetensors"))) == 4  # two seeds, samples and features
 
 
+def test_a_long_evaluation_says_how_far_it_is(run, small_shards, monkeypatch, capsys):
+    from gengrad import sampling
+
+    command = ["evaluate", str(run), "--features", "identity", "--nfe", "2,3", "--n", "15", "--draws", "1"]
+    monkeypatch.setattr(sampling, "SILENCE", 1e9)
+    assert main(command) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sampling, "SILENCE", 0.0)
+    assert main(command) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8 and lines[0].startswith("1 of 2: NFE 2, seed ") and lines[0].endswith("samples 10 of 15")
+    assert lines[-1].startswith("2 of 2: NFE 3, seed ") and lines[-1].endswith("features 15 of 15")
+
+
 def test_evaluate_says_which_weights_are_missing(run, capsys):
     assert main(["evaluate", str(run)]) == 2
     told = capsys.readouterr().err

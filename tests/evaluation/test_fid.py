@@ -181,6 +181,15 @@ def test_inception_takes_grey_bytes_and_gives_its_pooled_features_and_logits(tmp
     assert torch.equal(found.x[0], found.x[1]) and found.x.isfinite().all()
 
 
+def test_features_keep_full_precision_where_samples_are_drawn_in_a_lower_one(monkeypatch):
+    monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
+    extract, images = extractor("classifier", Digits()), as_bytes(Digits().held_out[:20])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = extract(images)
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16  # that it would have done something
+    assert torch.equal(found.x, extract(images).x) and found.logits.dtype == torch.float32
+
+
 def test_only_inceptions_scores_bear_its_names():
     names = {cls.kind: (cls.distance, cls.kernel, cls.score) for cls in features.Extractor.__subclasses__()}
     assert names.pop("inception") == ("FID", "KID", "IS")

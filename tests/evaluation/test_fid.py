@@ -94,6 +94,19 @@ def test_precision_and_recall_tell_bad_samples_from_missing_ones():
     assert 0.4 < precision < 0.55 and recall > 0.8
 
 
+def test_the_balls_around_the_data_are_measured_once_for_all_samples(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    data, (x, y) = of(torch.randn(200, 2, generator=generator)), torch.randn(2, 200, 2, generator=generator)
+    first, second, sizes, cdist = precision_recall(of(x), data), precision_recall(of(y), data), [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda a, b, **k: (sizes.append(b), cdist(a, b, **k))[1])
+    again = of(x)
+    assert precision_recall(again, data) == first != second
+    assert len(sizes) == 3  # x among the data, x among themselves, the data among x
+    data.add(Features(x, None))  # other data have other balls
+    precision_recall(again, data)
+    assert len(sizes) == 6
+
+
 def test_the_reference_is_cached_by_images_and_features_and_made_anew_when_damaged(tmp_path, monkeypatch):
     extract, images = IdentityFeatures(), random_bytes(50)
     first = reference_statistics(images, extract)

@@ -75,7 +75,6 @@ def _stacked(rows: Mapping[str, np.ndarray], n: int) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.45 * n + 1.3, 0.46 * len(rows)), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.01, hspace=0.0)
     FigureCanvasAgg(figure)
     for axes, (name, pixels) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
         axes.imshow(pixels)

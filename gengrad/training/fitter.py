@@ -90,7 +90,7 @@ class Fitter:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             raise TrainingStopped(
-                f"stage {stage.name!r}, step {progress.step}: torch.compile failed ({_first_line(error)}). Leave out "
+                f"stage {stage.name!r}, step {progress.step}: torch.compile failed ({_beginning(error)}). Leave out "
                 "train.compile; the last checkpoint is kept"
             ) from error
         norm = nn.utils.clip_grad_norm_(self.named.values(), settings.grad_clip)
@@ -151,5 +151,7 @@ class Fitter:
         load_optimizer_state_by_name(self.optimizer, self.named, state["optimizer"])
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _beginning(error: Exception) -> str:
+    """The first two lines of a compiler's message: who failed, and how."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

@@ -156,7 +156,8 @@ def test_a_curve_of_the_score_and_pictures_are_drawn_while_it_trains(run, tmp_pa
     monkeypatch.setattr(classifier, "steps_for", lambda n: 20)
     monkeypatch.setattr(proxy, "SAMPLES", 30)
     out, seen = tmp_path / "watched", set()
-    last = previews.last_pictures
+    last, curves, curve = previews.last_pictures, [], previews.plotting.loss_curve
+    monkeypatch.setattr(previews.plotting, "loss_curve", lambda *a, **k: (curves.append(curve(*a, **k)), curves[-1])[1])
     monkeypatch.setattr(
         "gengrad.run.last_pictures",
         lambda *given: (seen.update(p.name for p in (out / "pictures").iterdir()), last(*given))[1],
@@ -165,7 +166,9 @@ def test_a_curve_of_the_score_and_pictures_are_drawn_while_it_trains(run, tmp_pa
     rows = [json.loads(line) for line in (out / "proxy.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 7]  # of 4 + 1 + 4 steps: in the first stage and in the third
     assert all(row["FD-classifier"] > 0 for row in rows) and (out / "pictures" / "proxy.png").exists()
-    # three rows of pictures: the same seeds at both steps, the phases, the way; all of them before the end
+    strong = curves[1].axes[0].lines[-1]  # of the second glimpse: through the values themselves
+    assert strong.get_ydata().tolist() == [row["FD-classifier"] for row in rows]
+    # three kinds of pictures: the same seeds at both steps, the phases, the way; all of them before the end
     assert {"over_time.png", "phases.png", "on_the_way.png"} <= seen
     again = proxy.note(out, gengrad.load(out), Digits(), 2, 7)  # as after a kill
     assert [row["step"] for row in again] == [2, 7] and again[0] == rows[0]

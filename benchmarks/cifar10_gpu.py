@@ -84,6 +84,7 @@ def config_of(method: str, steps: int, given: argparse.Namespace, out: Path) -> 
     if METHODS[method]:
         raw["method"] = METHODS[method]
     raw["train"] |= {"steps": steps, "warmup": min(raw["train"]["warmup"], steps // 10)}
+    raw["train"]["preview_every"] = None  # the time is for training
     raw["train"]["checkpoint_every"] = max(1, min(raw["train"]["checkpoint_every"], steps // 4))
     return read_config(raw | {"out": str(out), "device": "auto"})
 
@@ -170,9 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {"methods": {}, "minutes": given.minutes}
-    if results["minutes"] != given.minutes:
-        raise SystemExit(f"{file} was begun with --minutes {results['minutes']:g}; give that, or another --out")
+    asked = {key: getattr(given, key) for key in ("minutes", "data", "n", "features", "tiny")}
+    results = json.loads(file.read_text()) if file.exists() else {"methods": {}, **asked}
+    for key in asked:
+        if results.get(key, asked[key]) != asked[key]:
+            raise SystemExit(f"{file} was begun with --{key} {results[key]}; give that, or another --out")
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     started, clock = time.perf_counter(), Clock(given.piece)
     try:

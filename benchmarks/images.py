@@ -81,6 +81,7 @@ def config_of(method: str, given: argparse.Namespace) -> RunConfig:
     change = METHODS[method]
     raw["method"] = change if "name" in change else raw["method"] | change
     raw["train"] |= {"steps": given.steps, "warmup": min(raw["train"]["warmup"], given.steps // 10)}
+    raw["train"].pop("preview_every", None)  # its pictures come at the end
     if not given.quick:
         raw["data"]["root"] = given.data
     raw |= {"out": str(given.runs / f"{name}-{method}-{given.steps}"), "device": given.device}

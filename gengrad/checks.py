@@ -50,7 +50,11 @@ def _class_problems(config: RunConfig, method: Method, target: Distribution) -> 
     problems = method.refusals(classes)
     labels = getattr(target, "labels", None)
     if classes and labels is None:
-        problems.append(f"network.classes={classes} needs labels, which data {name!r} have none of; leave it out")
+        place = f" in {config.data['path']!r}" if "path" in config.data else ""
+        mend = f"{target.labelled_by}, or " if getattr(target, "labelled_by", "") else ""
+        problems.append(
+            f"network.classes={classes} needs labels, which data {name!r}{place} have none of; {mend}leave it out"
+        )
     elif classes and int(labels.max()) >= classes:
         problems.append(
             f"network.classes={classes}, but data {name!r} have labels up to {int(labels.max())}; "

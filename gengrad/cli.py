@@ -155,8 +155,8 @@ def sample(given: Namespace) -> int:
         common = {"n": n, "draws": draws, "seed": given.seed, "solver": given.solver}
         if flow.is_image:
             sampling.write_strip(flow, nfes, folder / "strip.png", seed=given.seed, **choice)
-            more = {"folder": folder / "samples", "features": sampling.features_at_hand(target)}
-            report = sampling.judge_images(flow, target, nfes, guidance=given.guidance, **more, **common)
+            common |= {"folder": folder / "samples", "features": sampling.features_at_hand(target), **choice}
+            report = sampling.judge_images(flow, target, nfes, **common)
         else:
             report = sampling.judge(flow, target, nfes, **common)
         print(sampling.write_report(report, folder, "quality"))

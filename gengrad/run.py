@@ -11,24 +11,22 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
 
 import gengrad
-from gengrad import plotting
 from gengrad.checks import check_fit
 from gengrad.config import ConfigError, RunConfig, deciding
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
-from gengrad.evaluation import proxy
 from gengrad.files import write_atomically
 from gengrad.flows.flow import Flow, load
 from gengrad.methods.base import Method, Problem
+from gengrad.previews import glimpse, last_pictures
 from gengrad.registry import DATASETS, METHODS, NETWORKS
 from gengrad.training.checkpoint import Checkpoint, CheckpointStore
 from gengrad.training.lock import RunLock
 from gengrad.training.loop import Outcome, Progress, Run, fit
 from gengrad.training.ranks import Ranks, together
-from gengrad.training.tracking import Tracker, read_metrics
+from gengrad.training.tracking import Tracker
 
 
 def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -> Outcome:
@@ -73,7 +71,7 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
             seed=config.general.seed,
             config=config.resolved(),
             publish=lambda flow, progress: _publish(flow, progress, config),
-            preview=lambda flow, progress: _glimpse(flow, target, config, progress.total, tracker),
+            preview=lambda flow, progress: glimpse(flow, target, config, progress.total, tracker),
         )
         if accelerator.is_main_process:
             write_atomically(directory / "config.yaml", _yaml(config).encode())
@@ -227,48 +225,6 @@ def _announce(
     tracker.say("\n".join(lines))
 
 
-def preview(flow: Flow, target: Distribution, config: RunConfig, step: int | None = None) -> Path:
-    """A picture of samples, beside the target's for points; returns the file in the run's ``pictures`` folder."""
-    folder = Path(config.general.out) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "samples" if step is None else f"samples_{step:07d}"
-    nfe = config.evaluate.nfe[0]
-    title = f"{config.method['name']}, {nfe} network evaluations"
-    samples = flow.sample(64 if target.is_image else 2000, nfe=nfe, seed=0)
-    if target.is_image:
-        plotting.save(plotting.image_grid(samples, columns=8), folder / f"{name}.png")
-    else:
-        plotting.save(plotting.scatter(samples, target=_truth(target), title=title), folder / f"{name}.png")
-    return folder / f"{name}.png"
-
-
-def _truth(target: Distribution) -> Tensor | None:
-    """Points of the target to draw beside the samples, in the samples' units, where it has any."""
-    return None if not target.has_samples else target.restore(target.sample(2000, generator_for(0, "preview")))
-
-
-def _glimpse(flow: Flow, target: Distribution, config: RunConfig, step: int, tracker: Tracker) -> None:
-    """A picture in the middle of the training, which a picture that fails must not end."""
-    try:
-        preview(flow, target, config, step)
-        if target.is_image and getattr(target, "held_out_labels", None) is not None:
-            rows = proxy.note(Path(config.general.out), flow, target, config.evaluate.nfe[0], step)
-            plotting.save(plotting.loss_curve(rows, proxy.NAME), Path(config.general.out) / "pictures" / "proxy.png")
-    except (OSError, RuntimeError, ValueError) as error:
-        tracker.say(f"no picture at step {step:,}: {error}")
-
-
-def _image_pictures(flow: Flow, config: RunConfig) -> None:
-    """A few samples on their way, and what each phase of the flow leaves, into the ``pictures`` folder."""
-    folder, nfe = Path(config.general.out) / "pictures", config.evaluate.nfe[0]
-    path, phases = flow.trajectory(36, nfe=nfe, seed=0), flow.phases(nfe)
-    plotting.save(plotting.on_the_way(path, phases), folder / "on_the_way.png")
-    if len(phases) > 1:
-        ends = [sum(count for _, count in phases[: k + 1]) for k in range(len(phases))]
-        grids = {f"{name}, {count} steps": path[end] for (name, count), end in zip(phases, ends)}
-        plotting.save(plotting.side_by_side(grids), folder / "phases.png")
-
-
 def _farewell(
     flow: Flow, target: Distribution, config: RunConfig, outcome: Outcome, tracker: Tracker, again: str | None
 ) -> None:
@@ -277,17 +233,7 @@ def _farewell(
         command = again or f"the same command (out={out})"
         tracker.say(f"stopped at step {outcome.progress.total:,}, saved in {out}; to go on: {command}")
         return
-    picture = preview(flow, target, config)
-    rows = read_metrics(out) if (Path(out) / "metrics.jsonl").exists() else []  # nothing was learned
-    if any("loss" in row for row in rows):
-        plotting.save(plotting.loss_curve(rows), Path(out) / "pictures" / "loss.png")
-    truth = None if target.is_image else _truth(target)
-    if target.is_image:
-        _image_pictures(flow, config)
-    else:
-        path = flow.trajectory(2000, nfe=config.evaluate.nfe[-1], seed=0)
-        plotting.save(plotting.snapshots(path, target=truth), Path(out) / "pictures" / "on_the_way.png")
-        plotting.save(plotting.trajectory_figure(path[:, :500], target=truth), Path(out) / "pictures" / "paths.png")
+    picture = last_pictures(flow, target, config)
     skipped = f", {outcome.progress.skipped} steps skipped as not finite" if outcome.progress.skipped else ""
     tracker.say(f"done: {outcome.progress.total:,} steps in {outcome.seconds:.0f} s{skipped}; picture: {picture}")
     suffix = "png" if target.is_image else "npy"

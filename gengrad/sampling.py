@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENDINGS = (".npy", ".pt", ".png")
+SILENCE = 30.0  # seconds of drawing samples after which a line says how far it is
 
 
 def target_of(flow: Flow) -> Distribution:
@@ -87,11 +91,14 @@ def write_strip(flow: Flow, nfes: list[int], file: Path, *, n: int = 12, **optio
 
 
 def features_at_hand(target: FiniteData) -> str:
-    """The best features that need nothing more: Inception's where its weights are, else a classifier's, else pixels."""
+    """The best features that need nothing more: Inception's where its weights are, else a classifier's, else pixels.
+
+    Raises ``ValueError`` where a file lies in the weights' place that is not them.
+    """
     try:
         inception_weights()
         return "inception"
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return "classifier" if getattr(target, "held_out_labels", None) is not None else "identity"
 
 
@@ -131,6 +138,7 @@ def judge_images(
     folder: Path,
     reference: str | None = None,
     solver: str | None = None,
+    label: int | None = None,
     guidance: float = 1.0,
     inception: Path | None = None,
     keep: bool = False,
@@ -139,9 +147,10 @@ def judge_images(
     """Frechet and kernel distance, Inception score, precision and recall of the flow's images at each NFE.
 
     ``features``: inception, classifier or identity. ``reference``: which images they are compared with, ``train`` (the
-    default for inception, as published FIDs) or ``held_out``; the floor compares the images of the other part. Samples
-    and features lie in shards under ``folder`` until the end (``keep``: after it), so that an interrupted evaluation
-    goes on; several processes (``ranks``) share them out. The same dict as ``judge``, on the first process.
+    default for inception, as published FIDs) or ``held_out``; the floor compares the images of the other part. With a
+    ``label`` samples, reference and floor are of that class alone. Samples and features lie in shards under ``folder``
+    until the end (``keep``: after it), so that an interrupted evaluation goes on; several processes (``ranks``) share
+    them out. The same dict as ``judge``, on the first process.
     """
     ranks = ranks or Ranks()
     if ranks.first:
@@ -150,22 +159,13 @@ def judge_images(
     if not ranks.first:
         extract = extractor(features, target, inception)
     extract = extract.to(flow.device)
-    options = {"solver": solver, "guidance": guidance}
+    options = {"solver": solver, "label": label, "guidance": guidance}
     seeds = sampling_seeds(seed, draws)
-    drawn = {}
-    for nfe in nfes:
-        for draw_seed in seeds:
-            settings = {"nfe": nfe, "seed": draw_seed, **options}
-            place = {**settings, "flow": flow.describe()["transports"], "weights": flow.fingerprint()}
-            key = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
-            shards = Shards(flow, folder / key, n, rank=ranks.rank, world=ranks.world, **settings)
-            shards.draw()
-            shards.extract(extract)
-            drawn[nfe, draw_seed] = shards
+    drawn = _drawn(flow, extract, [(nfe, s) for nfe in nfes for s in seeds], n, folder, ranks, options)
     ranks.barrier()
     if not ranks.first:
         return {}
-    protocol, truth, floor = _image_reference(target, extract, reference, n)
+    protocol, truth, floor = _image_reference(target, extract, reference, n, label)
     protocol |= {"n": n, "seeds": seeds, **options}
     results = []
     for nfe in nfes:
@@ -187,15 +187,43 @@ def judge_images(
     return {"table": rows, "results": results, **about}
 
 
+def _drawn(
+    flow: Flow, extract: Extractor, asked: list[tuple[int, int]], n: int, folder: Path, ranks: Ranks, options: dict
+) -> dict[tuple[int, int], Shards]:
+    """Samples and features at each (NFE, seed), in shards; long work is told on standard error, every half minute."""
+    drawn, spoken = {}, time.perf_counter()
+
+    def tell(place: str, what: str, count: int) -> None:
+        nonlocal spoken
+        if ranks.first and time.perf_counter() - spoken > SILENCE:
+            spoken = time.perf_counter()
+            print(f"{place}, {what} {count:,} of {n:,}", file=sys.stderr)
+
+    for number, (nfe, seed) in enumerate(asked):
+        settings = {"nfe": nfe, "seed": seed, **options}
+        place = {**settings, "flow": flow.describe()["transports"], "weights": flow.fingerprint()}
+        key = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
+        shards = Shards(flow, folder / key, n, rank=ranks.rank, world=ranks.world, **settings)
+        said = f"{number + 1} of {len(asked)}: NFE {nfe}, seed {seed}"
+        shards.draw(partial(tell, said, "samples"))
+        shards.extract(extract, partial(tell, said, "features"))
+        drawn[nfe, seed] = shards
+    return drawn
+
+
 def _image_reference(
-    target: FiniteData, extract: Extractor, reference: str | None, n: int
+    target: FiniteData, extract: Extractor, reference: str | None, n: int, label: int | None
 ) -> tuple[dict, Statistics, dict | None]:
     """(what was compared with what, statistics of the reference, scores of data against data)."""
     parts = {"train": target.points, "held_out": target.held_out}
-    chosen = reference or ("train" if extract.kind == "inception" or len(target.held_out) < 2 else "held_out")
+    named = target.name
+    if label is not None:
+        labels = {"train": target.labels, "held_out": target.held_out_labels}
+        parts, named = {part: x[labels[part] == label] for part, x in parts.items()}, f"class {label} of {named}"
+    chosen = reference or ("train" if extract.kind == "inception" or len(parts["held_out"]) < 2 else "held_out")
     other = "held_out" if chosen == "train" else "train"
     if len(parts[chosen]) < 2:
-        raise ValueError(f"data set {target.name!r} has {len(parts[chosen])} images in part {chosen!r}: use {other!r}")
+        raise ValueError(f"{named} has {len(parts[chosen])} images in part {chosen!r}: use {other!r}")
     truth = reference_statistics(as_bytes(parts[chosen]), extract)
     rows = torch.randperm(len(parts[other]), generator=generator_for(0, "image floor"))[:n].sort().values
     floor = None
@@ -203,8 +231,8 @@ def _image_reference(
         floor = image_scores(reference_statistics(as_bytes(parts[other][rows]), extract), truth, extract)
     return (
         {
-            "reference": f"{truth.n:,} images of {target.name} ({chosen})",
-            "floor": f"{len(rows):,} images of {target.name} ({other})",
+            "reference": f"{truth.n:,} images of {named} ({chosen})",
+            "floor": f"{len(rows):,} images of {named} ({other})",
             **extract.describe(),
         },
         truth,

@@ -63,6 +63,8 @@ def test_the_gpu_benchmark_runs_in_pieces_on_a_small_subset(tmp_path, monkeypatc
     assert all((tmp_path / "out" / f"{method}.png").exists() for method in module.METHODS)
     with pytest.raises(SystemExit, match="--minutes 20"):
         module.main([*command, "--minutes", "3"])
+    with pytest.raises(SystemExit, match="--n 20"):  # the NFE that are done were judged on so many
+        module.main([*command, "--n", "30"])
 
 
 def test_the_gpu_benchmark_saves_a_training_that_its_piece_cuts(tmp_path, monkeypatch):

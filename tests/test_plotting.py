@@ -45,6 +45,7 @@ PICTURES = {
     "trajectory without a step": lambda: plotting.trajectory_figure(POINTS[:1]),
     "snapshots": lambda: plotting.snapshots(POINTS, target=normal(50, 2)),
     "snapshots of images": lambda: plotting.snapshots(IMAGES, times=(0, 1)),
+    "grids over time": lambda: plotting.over_time({f"{k}": plotting.image_grid(IMAGES[0], 3) for k in range(20)}, 3),
     "loss": lambda: plotting.loss_curve([{"step": k, "loss": 1 / (k + 1), "stage": "a"} for k in range(50)]),
     "loss below zero": lambda: plotting.loss_curve([{"step": k, "loss": -k} for k in range(5)]),
     "quality without a floor": lambda: plotting.quality_against_nfe([{"nfe": 1, "a": {"mean": -1.0}}], metric="a"),
@@ -89,6 +90,17 @@ def test_an_image_grid_holds_every_pixel_at_its_place():
         top, left = 2 * (1 + 5 * (k // 3)), 2 * (1 + 5 * (k % 3))
         expected = (images[k, 0].numpy() * 127.5 + 128).clip(0, 255).astype(np.uint8)
         assert np.array_equal(grid[top : top + 8 : 2, left : left + 8 : 2], expected)
+
+
+def test_over_time_each_grid_shows_its_first_row():
+    grids = {str(k): plotting.image_grid(IMAGES[k], columns=3, scale=2) for k in range(4)}
+    panels = plotting.over_time(grids, columns=3).axes
+    assert [axes.get_ylabel() for axes in panels] == ["0", "1", "2", "3"]
+    for axes, images in zip(panels, IMAGES):
+        shown, row = axes.images[0].get_array(), np.asarray(plotting.image_grid(images[:3], columns=3, scale=2))
+        assert np.array_equal(shown[: 2 * 9, :, 0], row[: 2 * 9])
+    many = plotting.over_time({str(k): grids["0"] for k in range(40)}, columns=3, most=5).axes
+    assert [axes.get_ylabel() for axes in many] == ["0", "10", "20", "29", "39"]
 
 
 def test_colour_images_keep_their_channels_in_order():

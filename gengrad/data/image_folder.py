@@ -47,6 +47,8 @@ class ImageFolder(PixelData):
         held_out: float = Field(0.1, ge=0, lt=1)
         split_seed: int = 0
 
+    labelled_by = "put the images of each class into a folder of its own"
+
     def prepare(self) -> None:
         c, folder = self.config, Path(self.config.path).expanduser()
         files = image_files(folder)

@@ -38,6 +38,7 @@ class PixelData(FiniteData):
     pixels: Tensor
     held_out_pixels: Tensor
     held_out_labels: Tensor | None = None
+    labelled_by: ClassVar[str] = ""  # how one gives them labels, where they have none
 
     @property
     def event_shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -197,6 +198,8 @@ class ImageArray(PixelData):
         layout: Literal["nhwc", "nchw"] | None = None
         held_out: float = Field(0.1, ge=0, lt=1)
         split_seed: int = 0
+
+    labelled_by = "name the array of labels as data.labels"
 
     def prepare(self) -> None:
         c = self.config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
@@ -83,9 +83,9 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
 
 
 def classifier_of(data: FiniteData) -> tuple[Classifier, dict]:
-    """The classifier of a data set, from the cache or trained now, with {"accuracy", "sha256", "description", ...}.
+    """The classifier of a data set, from the cache or trained now, with {"accuracy", "key", "description", ...}.
 
-    Raises ``ValueError`` for data without labels.
+    A cached file that cannot be read is made anew. Raises ``ValueError`` for data without labels.
     """
     if getattr(data, "labels", None) is None or getattr(data, "held_out_labels", None) is None:
         raise ValueError(
@@ -96,16 +96,14 @@ def classifier_of(data: FiniteData) -> tuple[Classifier, dict]:
     classes = int(labels.max()) + 1
     key = hashlib.sha256(f"{RECIPE} {SEED} {fingerprint(images, labels)}".encode()).hexdigest()
     file = cache_folder() / f"classifier-{key[:16]}.safetensors"
-    if not file.is_file():
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and then replaced
+        network = Classifier(images.shape[1], classes)
+    hit = _stored(network, file)
+    if hit is None:
         network = train_classifier(images, labels, classes)
         hit = accuracy(network, as_bytes(data.held_out), data.held_out_labels)
         content = tensors_to_bytes(dict(network.state_dict()), metadata={"accuracy": repr(hit), "key": key})
         write_atomically(file, content)
-    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and then replaced
-        network = Classifier(images.shape[1], classes)
-    with safe_open(file, "pt") as stored:
-        network.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-        hit = float(stored.metadata()["accuracy"])
     widths = "-".join(map(str, WIDTHS))
     return network.eval(), {
         "description": f"3 strided 3x3 convolutions ({widths}), batch norm, mean over places, trained on the "
@@ -115,3 +113,13 @@ def classifier_of(data: FiniteData) -> tuple[Classifier, dict]:
         "key": key,
         "file": str(file),
     }
+
+
+def _stored(network: Classifier, file: Path) -> float | None:
+    """Puts the weights of a cached file into ``network``; its accuracy, or None where the file cannot be read."""
+    try:
+        with safe_open(file, "pt") as stored:
+            network.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+            return float(stored.metadata()["accuracy"])
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError):
+        return None

@@ -43,7 +43,15 @@ class Extractor(nn.Module):
         """What it is, for the record."""
         return {"features": self.kind, "key": self.key}
 
+    @torch.inference_mode()
     def forward(self, images: Tensor) -> Features:
+        """Features of bytes (n, c, h, w), in full precision also where the samples are drawn in a lower one."""
+        device = next((p.device for p in self.parameters()), images.device)
+        with torch.autocast(device.type, enabled=False):
+            return self.features(images.to(device))
+
+    def features(self, images: Tensor) -> Features:
+        """Features of bytes on the device of the weights."""
         raise NotImplementedError
 
 
@@ -53,7 +61,7 @@ class IdentityFeatures(Extractor):
     kind, key = "identity", "identity"
     distance, kernel, score = "FD-pixels", "KD-pixels", ""
 
-    def forward(self, images: Tensor) -> Features:
+    def features(self, images: Tensor) -> Features:
         return Features(as_floats(images).flatten(1), None)
 
 
@@ -71,9 +79,8 @@ class ClassifierFeatures(Extractor):
     def describe(self) -> dict:
         return {"features": self.kind, **self.about}
 
-    @torch.inference_mode()
-    def forward(self, images: Tensor) -> Features:
-        features, logits = self.network(as_floats(images.to(next(self.parameters()).device)))
+    def features(self, images: Tensor) -> Features:
+        features, logits = self.network(as_floats(images))
         return Features(features.cpu(), logits.cpu())
 
 
@@ -99,9 +106,8 @@ class InceptionFeatures(Extractor):
     def describe(self) -> dict:
         return {"features": self.kind, "weights": INCEPTION_FILE, "sha256": INCEPTION_SHA256, "antialias": False}
 
-    @torch.inference_mode()
-    def forward(self, images: Tensor) -> Features:
-        images = images.expand(-1, 3, -1, -1).to(next(self.network.parameters()).device)  # grey ones as colour
+    def features(self, images: Tensor) -> Features:
+        images = images.expand(-1, 3, -1, -1)  # grey ones as colour
         parts = [self.network(some) for some in images.split(100)]
         return Features(torch.cat([p[0] for p in parts]).cpu(), torch.cat([p[1] for p in parts]).cpu())
 

@@ -20,6 +20,8 @@ from gengrad.files import write_atomically
 
 KEPT = 10_000  # features of which kernel distance, precision and recall are computed
 NEIGHBOURS = 3
+EXACT = "donot_use_mm_for_euclid_dist"  # a point is at distance 0 from itself, or it would miss its own ball
+ROWS = 1024  # of a matrix of distances at once
 ALONE = {"sync_on_compute": False}  # torchmetrics would wait for other processes, which have nothing to add
 
 
@@ -34,8 +36,10 @@ class Statistics:
     total: Tensor | None = None
     outer: Tensor | None = None
     kept: list[Features] = field(default_factory=list)
+    _reaches: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def add(self, features: Features) -> None:
+        self._reaches.clear()
         x = features.x.double()
         total, outer = x.sum(0), x.T @ x
         self.total = total if self.total is None else self.total + total
@@ -56,6 +60,14 @@ class Statistics:
     def features(self) -> Tensor:
         """The first 10,000 features (n, d)."""
         return torch.cat([batch.x for batch in self.kept])
+
+    def reach(self, k: int) -> Tensor:
+        """The distance (m,) from each of the first 10,000 features to its k-th neighbour among them, computed once."""
+        if k not in self._reaches:
+            y = self.features.float()
+            near = [torch.cdist(z, y, compute_mode=EXACT).kthvalue(k + 1, dim=1).values for z in y.split(ROWS)]
+            self._reaches[k] = torch.cat(near)
+        return self._reaches[k]
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -127,16 +139,13 @@ def precision_recall(a: Statistics, b: Statistics, k: int = NEIGHBOURS) -> tuple
     A manifold is the union of the balls around its points that reach to their k-th neighbour; k is 3, as there, or the
     largest that so few points have.
     """
-    x, y = a.features.float(), b.features.float()
-    return _covered(x, y, k), _covered(y, x, k)
+    return _covered(a, b, k), _covered(b, a, k)
 
 
-def _covered(x: Tensor, y: Tensor, k: int, rows: int = 1024) -> float:
-    """The share of points x inside a ball around a point of y."""
-    k = min(k, len(y) - 1)
-    exact = "donot_use_mm_for_euclid_dist"  # a point is at distance 0 from itself, or it would miss its own ball
-    radius = torch.cat([torch.cdist(z, y, compute_mode=exact).kthvalue(k + 1, dim=1).values for z in y.split(rows)])
-    inside = [(torch.cdist(z, y, compute_mode=exact) <= radius).any(1) for z in x.split(rows)]
+def _covered(a: Statistics, b: Statistics, k: int) -> float:
+    """The share of the points a inside a ball around a point of b."""
+    x, y, radius = a.features.float(), b.features.float(), b.reach(min(k, min(b.n, KEPT) - 1))
+    inside = [(torch.cdist(z, y, compute_mode=EXACT) <= radius).any(1) for z in x.split(ROWS)]
     return float(torch.cat(inside).float().mean())
 
 

@@ -50,8 +50,9 @@ def table_row(result: Mapping, **labels: object) -> dict[str, str]:
 
 
 def image_row(result: Mapping, distance: str) -> dict[str, str]:
-    """One result of an image evaluation as a row of text: the Frechet ``distance`` and its floor first."""
-    row = {"NFE": str(result["nfe"]), distance: with_error(result[distance])}
+    """One result of an image evaluation as a row of text: the NFE, other networks' evaluations, the ``distance``."""
+    row = {"NFE": str(result["nfe"]), **{name: f"{count:g}" for name, count in result.get("others", {}).items()}}
+    row[distance] = with_error(result[distance])
     if "floor" in result[distance]:
         row["floor"] = with_error(result[distance]["floor"])
     scores = {name: value for name, value in result.items() if isinstance(value, Mapping) and "mean" in value}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,8 +37,8 @@ class Shards:
     def _length(self, k: int) -> int:
         return min(SIZE, self.n - k * SIZE)
 
-    def draw(self) -> int:
-        """Draws this process's shards that are missing; returns how many these were."""
+    def draw(self, told: Callable[[int], None] | None = None) -> int:
+        """Draws this process's shards that are missing; returns how many. ``told``: called with the samples so far."""
         drawn = 0
         for k in self.own:
             file = self.folder / f"{k:06d}.safetensors"
@@ -47,10 +47,12 @@ class Shards:
                 bill = {"nfe": repr(found.nfe), **{name: repr(count) for name, count in found.others.items()}}
                 write_atomically(file, tensors_to_bytes({"images": as_bytes(found.x)}, metadata=bill))
                 drawn += 1
+                if told:
+                    told(k * SIZE + self._length(k))
         return drawn
 
-    def extract(self, extract: Extractor) -> int:
-        """Computes the features of this process's shards that have none yet; returns how many these were."""
+    def extract(self, extract: Extractor, told: Callable[[int], None] | None = None) -> int:
+        """Computes the features of this process's shards that have none yet; returns how many. ``told`` as above."""
         made = 0
         for k in self.own:
             file = self._features_file(extract, k)
@@ -61,6 +63,8 @@ class Shards:
                     tensors["logits"] = features.logits.contiguous()
                 write_atomically(file, tensors_to_bytes(tensors))
                 made += 1
+                if told:
+                    told(k * SIZE + self._length(k))
         return made
 
     def features(self, extract: Extractor) -> Iterator[Features]:

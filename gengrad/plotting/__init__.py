@@ -7,7 +7,7 @@ is touched and no screen needed.
 
 from .curves import loss_curve, quality_against_nfe, running_median
 from .densities import density_figure, density_gif, energy_figure
-from .images import image_grid, on_the_way, side_by_side, strips
+from .images import image_grid, on_the_way, over_time, side_by_side, strips
 from .points import Plane, scatter, snapshots, trajectory_figure, trajectory_gif
 from .populations import curves, gain_against_distance, predicted_against_true, property_histogram
 from .style import save, svg, write_gif
@@ -22,6 +22,7 @@ __all__ = [
     "image_grid",
     "loss_curve",
     "on_the_way",
+    "over_time",
     "predicted_against_true",
     "property_histogram",
     "quality_against_nfe",

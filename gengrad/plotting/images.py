@@ -53,14 +53,31 @@ def side_by_side(grids: Mapping[str, Tensor], columns: int = 6) -> Figure:
 
 def strips(rows: Mapping[str, Tensor]) -> Figure:
     """A row of images (n, c, h, w) for each name, one under the other: the same seeds in the same columns."""
+    n = max(len(images) for images in rows.values())
+    return _stacked({name: _pixels(images, len(images)) for name, images in rows.items()}, n)
+
+
+def over_time(grids: Mapping[str, Image], columns: int, most: int = 12) -> Figure:
+    """The first row of each of at most ``most`` square grids of the same seeds (``image_grid``), by their names."""
+    names = list(grids)
+    chosen = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
+    rows = {names[k]: np.asarray(_first_row(grids[names[k]], columns).convert("RGB")) for k in chosen}
+    return _stacked(rows, columns)
+
+
+def _first_row(grid: Image, rows: int) -> Image:
+    return grid.crop((0, 0, grid.width, grid.height // rows))
+
+
+def _stacked(rows: Mapping[str, np.ndarray], n: int) -> Figure:
+    """Pictures of ``n`` images in a row under one another, each with its name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    n = max(len(images) for images in rows.values())
     figure = Figure(figsize=(0.45 * n + 1.3, 0.46 * len(rows)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
-        axes.imshow(_pixels(images, len(images)))
+    for axes, (name, pixels) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
+        axes.imshow(pixels)
         axes.set_ylabel(name, fontsize=9, color=INK, rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():

@@ -86,6 +86,13 @@ class Fitter:
                 "train.batch_size or the network's width, or try train.precision=bf16 or train.accumulate=2; the last "
                 "checkpoint is kept"
             ) from error
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise TrainingStopped(
+                f"stage {stage.name!r}, step {progress.step}: torch.compile failed ({_beginning(error)}). Leave out "
+                "train.compile; the last checkpoint is kept"
+            ) from error
         norm = nn.utils.clip_grad_norm_(self.named.values(), settings.grad_clip)
         # the gradient is averaged over processes, so its norm tells all of them the same; the loss does not
         finite = torch.stack([loss.detach().float(), norm.float()]).isfinite().all()
@@ -142,3 +149,9 @@ class Fitter:
             load_module_state(network, state["networks"][name])
             load_module_state(self.ema.networks[name], state["average"][name])
         load_optimizer_state_by_name(self.optimizer, self.named, state["optimizer"])
+
+
+def _beginning(error: Exception) -> str:
+    """The first two lines of a compiler's message: who failed, and how."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

@@ -94,6 +94,19 @@ def test_precision_and_recall_tell_bad_samples_from_missing_ones():
     assert 0.4 < precision < 0.55 and recall > 0.8
 
 
+def test_the_balls_around_the_data_are_measured_once_for_all_samples(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    data, (x, y) = of(torch.randn(200, 2, generator=generator)), torch.randn(2, 200, 2, generator=generator)
+    first, second, sizes, cdist = precision_recall(of(x), data), precision_recall(of(y), data), [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda a, b, **k: (sizes.append(b), cdist(a, b, **k))[1])
+    again = of(x)
+    assert precision_recall(again, data) == first != second
+    assert len(sizes) == 3  # x among the data, x among themselves, the data among x
+    data.add(Features(x, None))  # other data have other balls
+    precision_recall(again, data)
+    assert len(sizes) == 6
+
+
 def test_the_reference_is_cached_by_images_and_features_and_made_anew_when_damaged(tmp_path, monkeypatch):
     extract, images = IdentityFeatures(), random_bytes(50)
     first = reference_statistics(images, extract)
@@ -120,6 +133,18 @@ def test_the_classifier_is_seeded_cached_and_says_how_good_it_is(monkeypatch):
     images = as_bytes(data.held_out[:50])
     assert torch.equal(again(images).x, first(images).x) and again.key == first.key
     assert first(images).x.shape == (50, 128) and first(images).logits.shape == (50, 10)
+
+
+def test_a_classifier_whose_file_is_damaged_is_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
+    first = extractor("classifier", Digits())
+    (file,) = (tmp_path / "cache").glob("classifier-*")
+    whole, images = file.read_bytes(), as_bytes(Digits().held_out[:20])
+    for damaged in (whole[:1000], b"", whole.replace(b"accuracy", b"acurracy")):
+        file.write_bytes(damaged)
+        again = extractor("classifier", Digits())
+        assert again.about == first.about and torch.equal(again(images).x, first(images).x)
+        assert len(file.read_bytes()) == len(whole)
 
 
 def test_data_without_labels_have_no_classifier(tmp_path):
@@ -168,6 +193,15 @@ def test_inception_takes_grey_bytes_and_gives_its_pooled_features_and_logits(tmp
     found = extractor("inception", Digits(), file)(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     assert found.x.shape == (2, 2048) and found.logits.shape == (2, 1008)
     assert torch.equal(found.x[0], found.x[1]) and found.x.isfinite().all()
+
+
+def test_features_keep_full_precision_where_samples_are_drawn_in_a_lower_one(monkeypatch):
+    monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
+    extract, images = extractor("classifier", Digits()), as_bytes(Digits().held_out[:20])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = extract(images)
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16  # that it would have done something
+    assert torch.equal(found.x, extract(images).x) and found.logits.dtype == torch.float32
 
 
 def test_only_inceptions_scores_bear_its_names():

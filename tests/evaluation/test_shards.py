@@ -102,6 +102,19 @@ def test_evaluate_writes_scores_that_are_not_called_fid(run, tmp_path, capsys):
     assert len(list((run / "samples").rglob("0*.safetensors"))) == 4  # two seeds, samples and features
 
 
+def test_a_long_evaluation_says_how_far_it_is(run, small_shards, monkeypatch, capsys):
+    from gengrad import sampling
+
+    command = ["evaluate", str(run), "--features", "identity", "--nfe", "2,3", "--n", "15", "--draws", "1"]
+    monkeypatch.setattr(sampling, "SILENCE", 1e9)
+    assert main(command) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sampling, "SILENCE", 0.0)
+    assert main(command) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8 and lines[0].startswith("1 of 2: NFE 2, seed ") and lines[0].endswith("samples 10 of 15")
+    assert lines[-1].startswith("2 of 2: NFE 3, seed ") and lines[-1].endswith("features 15 of 15")
+
+
 def test_evaluate_says_which_weights_are_missing(run, capsys):
     assert main(["evaluate", str(run)]) == 2
     told = capsys.readouterr().err
@@ -113,7 +126,8 @@ def test_several_nfe_give_a_table_a_plot_and_a_strip_of_the_same_seeds(run, caps
 
     monkeypatch.setattr(classifier, "steps_for", lambda n: 20)
     assert main(["sample", str(run), "--n", "60", "--nfe", "1,2,4"]) == 0
-    assert "FD-classifier" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "FD-classifier" in told and "time predictor" in told
     assert all((run / name).stat().st_size > 1000 for name in ("quality.png", "strip.png"))
     assert [r["nfe"] for r in json.loads((run / "quality.json").read_text())["results"]] == [1, 2, 4]
 
@@ -135,15 +149,26 @@ def test_two_processes_evaluate_together(run, tmp_path):
     assert together == pytest.approx(alone, rel=1e-6)
 
 
-def test_a_curve_of_the_score_is_drawn_while_it_trains(run, tmp_path, monkeypatch):
+def test_a_curve_of_the_score_and_pictures_are_drawn_while_it_trains(run, tmp_path, monkeypatch):
+    from gengrad import previews
     from gengrad.evaluation import classifier, proxy
 
     monkeypatch.setattr(classifier, "steps_for", lambda n: 20)
     monkeypatch.setattr(proxy, "SAMPLES", 30)
-    out = tmp_path / "watched"
+    out, seen = tmp_path / "watched", set()
+    last, curves, curve = previews.last_pictures, [], previews.plotting.loss_curve
+    monkeypatch.setattr(previews.plotting, "loss_curve", lambda *a, **k: (curves.append(curve(*a, **k)), curves[-1])[1])
+    monkeypatch.setattr(
+        "gengrad.run.last_pictures",
+        lambda *given: (seen.update(p.name for p in (out / "pictures").iterdir()), last(*given))[1],
+    )
     assert main(["train", str(run.parent / "run.yaml"), f"out={out}", "train.preview_every=2"]) == 0
     rows = [json.loads(line) for line in (out / "proxy.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 7]  # of 4 + 1 + 4 steps: in the first stage and in the third
     assert all(row["FD-classifier"] > 0 for row in rows) and (out / "pictures" / "proxy.png").exists()
+    strong = curves[1].axes[0].lines[-1]  # of the second glimpse: through the values themselves
+    assert strong.get_ydata().tolist() == [row["FD-classifier"] for row in rows]
+    # three kinds of pictures: the same seeds at both steps, the phases, the way; all of them before the end
+    assert {"over_time.png", "phases.png", "on_the_way.png"} <= seen
     again = proxy.note(out, gengrad.load(out), Digits(), 2, 7)  # as after a kill
     assert [row["step"] for row in again] == [2, 7] and again[0] == rows[0]

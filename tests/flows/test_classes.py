@@ -1,5 +1,7 @@
 """Classes and guidance: the formula, the bill, which sample gets which class, and who refuses them."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -128,6 +130,25 @@ def test_sample_takes_a_class_and_guidance(with_classes, tmp_path, capsys):
     assert main([*base, "--phase-1", "1", "--tau", "0.6", *out]) == 0
 
 
+def test_several_nfe_of_a_class_are_compared_with_its_images_alone(with_classes, tmp_path, monkeypatch, capsys):
+    from gengrad.evaluation import classifier
+
+    monkeypatch.setenv("GENGRAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(classifier, "steps_for", lambda n: 5)
+    drawn, draw = [], Flow.draw_samples
+    monkeypatch.setattr(Flow, "draw_samples", lambda *a, **k: (drawn.append(draw(*a, **k)), drawn[-1])[1])
+    base = ["sample", str(with_classes / "run"), "--n", "6", "--nfe", "2,3"]
+    assert main([*base, "--class", "3", "--guidance", "2"]) == 0
+    assert drawn and all((found.y == 3).all() for found in drawn)
+    report = json.loads((with_classes / "run" / "quality.json").read_text())
+    protocol = report["results"][0]["protocol"]
+    held_out = int((DATASETS.build({"name": "digits"}).held_out_labels == 3).sum())
+    assert protocol["reference"] == f"{held_out} images of class 3 of digits (held_out)" and protocol["label"] == 3
+    assert [row["NFE"] for row in report["table"]] == ["4", "6"]  # two evaluations for each
+    told = capsys.readouterr().out
+    assert "| NFE | time predictor |" in told
+
+
 def test_a_run_starts_from_another_ones_weights_on_other_classes(with_classes, tmp_path):
     """Both networks come from 0-4; at a learning rate of 1e-9 they stay where they were, with 5-9 as their data."""
     more = ["data.classes=[5,6,7,8,9]", f"init_from={with_classes / 'run'}", f"out={tmp_path / 'next'}"]
@@ -169,4 +190,5 @@ def test_data_without_labels_cannot_train_a_network_with_classes(with_classes, t
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8))
     command = ["data.name=image_array", f"data.path={tmp_path / 'images.npy'}", f"out={tmp_path / 'x'}"]
     assert main(["train", str(with_classes / "run.yaml"), *command]) == 2
-    assert "needs labels, which data 'image_array' have none of" in capsys.readouterr().err
+    assert "needs labels, which data 'image_array' in" in (told := capsys.readouterr().err)
+    assert "images.npy' have none of; name the array of labels as data.labels, or leave it out" in told

@@ -54,15 +54,25 @@ METHODS = {
     "nsgf_pp_shared": {"shared_network": True},
     "flow_matching": {"name": "flow_matching", "coupling": "independent"},
     "ot_flow_matching": {"name": "flow_matching", "coupling": "minibatch_ot"},
-    # not by default: the baseline with the coupling in principal components, which says how much of the gain that is
-    "ot_flow_matching_pca": {"name": "flow_matching", "coupling": "minibatch_ot", "ot_dims": 8},
+    # not by default: straight lines between the pairs of NSGF++'s own plans, all the way. It says what the plans are
+    # worth without the phases
+    "nsgf": {
+        "name": "nsgf",
+        "pool": "geodesic",
+        "target": "match",
+        "epsilon_rel": 0.01,
+        "tol": 0.1,
+        "ot_batch": 2048,
+        "uses": 2,
+        "ot_dims": 10,
+    },
 }
 TITLES = {
     "nsgf_pp": "NSGF++, two networks",
     "nsgf_pp_shared": "NSGF++, shared network",
     "flow_matching": "flow matching",
     "ot_flow_matching": "OT flow matching",
-    "ot_flow_matching_pca": "OT flow matching in 8 components",
+    "nsgf": "OT flow matching with the plans of NSGF++",
 }
 DEFAULT = ("nsgf_pp", "nsgf_pp_shared", "flow_matching", "ot_flow_matching")
 EPSILONS = (0.002, 0.01, 0.05, 0.2)

@@ -16,65 +16,30 @@ checkpoint; two processes with different --methods may share one JSON.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
-import time
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
+from images_methods import DEFAULT, METHODS, ROOT, TITLES, config_of, floor_of, judge, scores_at, train
+from images_plans import explained, matched_cost, plan
+from images_unets import images_per_second, peers
 
 import gengrad
 from gengrad import plotting
-from gengrad.config import RunConfig, read_config
-from gengrad.data.base import FiniteData
+from gengrad.config import read_config
 from gengrad.data.draws import generator_for
-from gengrad.data.images import as_bytes
-from gengrad.evaluation.features import ClassifierFeatures
-from gengrad.evaluation.fid import Statistics, frechet_distance, reference_statistics
 from gengrad.evaluation.report import format_table
-from gengrad.evaluation.shards import Shards
 from gengrad.files import write_json
-from gengrad.flows.particles import geodesic_taus, geodesic_times, particle_flow
-from gengrad.functionals import SinkhornDivergence
-from gengrad.networks import UNet
-from gengrad.ot import exact_assignment, principal_components, sinkhorn_velocity
+from gengrad.ot import principal_components
 from gengrad.registry import DATASETS
 from gengrad.training.tracking import read_metrics
 
-ROOT = Path(__file__).parents[1]
 NFES = (1, 2, 5, 10, 20, 60)
-METHODS = {
-    "nsgf_pp": {"shared_network": False},
-    "nsgf_pp_shared": {"shared_network": True},
-    "flow_matching": {"name": "flow_matching", "coupling": "independent"},
-    "ot_flow_matching": {"name": "flow_matching", "coupling": "minibatch_ot"},
-    # not by default: straight lines between the pairs of NSGF++'s own plans, all the way. It says what the plans are
-    # worth without the phases
-    "nsgf": {
-        "name": "nsgf",
-        "pool": "geodesic",
-        "target": "match",
-        "epsilon_rel": 0.01,
-        "tol": 0.1,
-        "ot_batch": 2048,
-        "uses": 2,
-        "ot_dims": 10,
-    },
-}
-TITLES = {
-    "nsgf_pp": "NSGF++, two networks",
-    "nsgf_pp_shared": "NSGF++, shared network",
-    "flow_matching": "flow matching",
-    "ot_flow_matching": "OT flow matching",
-    "nsgf": "OT flow matching with the plans of NSGF++",
-}
-DEFAULT = ("nsgf_pp", "nsgf_pp_shared", "flow_matching", "ot_flow_matching")
 EPSILONS = (0.002, 0.01, 0.05, 0.2)
 BATCHES = (128, 512, 2048)
 BATCHES_COUPLED = {128: 60, 1024: 8, 2048: 6}  # OT batch: how many
@@ -82,53 +47,6 @@ DIMS = (3, 5, 8, 12, 20)
 
 
 # ------------------------------------------------------------------ methods
-
-
-def config_of(method: str, given: argparse.Namespace) -> RunConfig:
-    """The shipped NSGF++ config with the method in its place: network, images and training are the same."""
-    name = "digits" if given.quick else "mnist"
-    raw = yaml.safe_load((ROOT / "configs" / "images" / f"{name}_nsgf_pp.yaml").read_text())
-    change = METHODS[method]
-    raw["method"] = change if "name" in change else raw["method"] | change
-    raw["train"] |= {"steps": given.steps, "warmup": min(raw["train"]["warmup"], given.steps // 10)}
-    raw["train"].pop("preview_every", None)  # its pictures come at the end
-    if not given.quick:
-        raw["data"]["root"] = given.data
-    raw |= {"out": str(given.runs / f"{name}-{method}-{given.steps}"), "device": given.device}
-    return read_config(raw)
-
-
-def train(config: RunConfig) -> dict:
-    """Trains the run, or goes on with it; CPU-seconds of its steps, of them on transport problems, and images seen."""
-    outcome = gengrad.train(config, quiet=True)
-    if not outcome.finished:
-        raise SystemExit("interrupted; the same command goes on")
-    rows = read_metrics(config.general.out)
-    return {
-        **{key: sum(row.get(key, 0.0) for row in rows) for key in ("cpu_seconds", "ot_seconds")},
-        "images": config.train.steps * config.train.batch_size,
-        "config": config.digest(),
-    }
-
-
-def judge(config: RunConfig, target: FiniteData, nfe: int, seed: int, n: int) -> dict:
-    """FD-classifier of ``n`` samples at one NFE and seed against the test images; shards go on where they were."""
-    flow, extract = gengrad.load(config.general.out), ClassifierFeatures(target)
-    truth = reference_statistics(as_bytes(target.held_out), extract)
-    shards = Shards(flow, Path(config.general.out) / "samples" / f"{nfe}-{seed}-{n}", n, nfe=nfe, seed=seed)
-    shards.draw()
-    shards.extract(extract)
-    found = {"FD-classifier": frechet_distance(Statistics.of(shards.features(extract)), truth), **shards.bill, "n": n}
-    shards.remove()
-    return found
-
-
-def floor_of(target: FiniteData, n: int) -> float:
-    """FD-classifier of ``n`` training images against the test images."""
-    extract = ClassifierFeatures(target)
-    rows = torch.randperm(len(target.points), generator=generator_for(0, "image floor"))[:n].sort().values
-    some = reference_statistics(as_bytes(target.points[rows]), extract)
-    return frechet_distance(some, reference_statistics(as_bytes(target.held_out), extract))
 
 
 def order(given: argparse.Namespace) -> list[tuple[int, int]]:
@@ -157,7 +75,7 @@ def methods(results: dict, given: argparse.Namespace) -> None:
     ready = [method for method in METHODS if (Path(config_of(method, given).general.out) / "flow.json").exists()]
     flows = {TITLES[method]: gengrad.load(config_of(method, given).general.out) for method in ready}
     given.pictures.mkdir(parents=True, exist_ok=True)
-    for nfe in (5, 10):
+    for nfe in (2, 5):
         grids = {title: flow.sample(36, nfe, seed=0) for title, flow in flows.items()}
         plotting.save(plotting.side_by_side(grids), given.pictures / f"images_nfe{nfe}{'_quick' * given.quick}.png")
 
@@ -178,35 +96,7 @@ def methods_table(results: dict) -> str:
     return format_table(rows)
 
 
-def scores_at(cells: dict, nfe: int) -> list[float]:
-    return [cell["FD-classifier"] for key, cell in cells["cells"].items() if key.split("/")[0] == str(nfe)]
-
-
 # ------------------------------------------------------------------ phase 1
-
-
-def plan(x: torch.Tensor, y: torch.Tensor, epsilon: float) -> dict:
-    """The plan between noise x (n, d) and images y (n, d), and the flow that is solved again at each of five steps."""
-    started = time.perf_counter()
-    solved = sinkhorn_velocity(x, y, epsilon_rel=epsilon)
-    seconds = time.perf_counter() - started
-    flow = particle_flow(SinkhornDivergence(y, epsilon_rel=epsilon), x, geodesic_taus(geodesic_times(5)))
-    way, times = flow.states[-1] - x, torch.tensor(geodesic_times(5))
-    straight = x + times.view(-1, 1, 1) * way
-    stray = (flow.states - straight).square().mean((1, 2)).sqrt().max() / way.square().mean().sqrt()
-    return {
-        "effective_neighbours": float(solved.effective_neighbours),
-        "self_mass": float(solved.self_mass),
-        "stray": float(stray),
-        "seconds": seconds,
-    }
-
-
-def matched_cost(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean squared distance of the best matching, as a share of that of independent pairs."""
-    potential = sinkhorn_velocity(x, y, epsilon_rel=0.01, tol=0.1, debias=False).g
-    best = (x - y[exact_assignment(x, y, potential)]).square().sum(1).mean()
-    return float(best / (x - y).square().sum(1).mean())
 
 
 def phase1(results: dict, given: argparse.Namespace) -> None:
@@ -236,24 +126,6 @@ def phase1_table(results: dict) -> str:
 # ------------------------------------------------------------------ coupling
 
 
-def explained(points: torch.Tensor, n: int, basis: torch.Tensor | None, batches: int) -> dict:
-    """Share of the variance of images (N, d) that is linear in the noise, matched in batches of ``n``; seconds a batch.
-
-    |C|^2 / tr cov(points), C = cov(noise, image): the product of two independent estimates of C, so without bias.
-    """
-    generator, halves, seconds = generator_for(0, "coupling", n), [0.0, 0.0], 0.0
-    for number in range(batches):
-        y = points[torch.randperm(len(points), generator=generator)[:n]]
-        x = torch.randn(y.shape, generator=generator)
-        started = time.perf_counter()
-        a, b = (x, y) if basis is None else (x @ basis, y @ basis)
-        potential = sinkhorn_velocity(a, b, epsilon_rel=0.01, tol=0.1, debias=False).g
-        matched = y[exact_assignment(a, b, potential)]
-        seconds += time.perf_counter() - started
-        halves[number % 2] = halves[number % 2] + x.T @ matched / (len(y) * batches / 2)
-    return {"explained": float((halves[0] * halves[1]).sum() / points.var(0).sum()), "seconds": seconds / batches}
-
-
 def coupling(results: dict, given: argparse.Namespace) -> None:
     points = DATASETS.build(config_of("flow_matching", given).data).points.flatten(1)
     points = points - points.mean(0)
@@ -277,79 +149,6 @@ def coupling_table(results: dict) -> str:
 
 
 # ------------------------------------------------------------------ speed
-
-
-class Peer(nn.Module):
-    """Another package's UNet, called like ours."""
-
-    def __init__(self, network: nn.Module, call):
-        super().__init__()
-        self.network, self.call = network, call
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.call(self.network, x, t)
-
-
-def peers(channels: int, size: int) -> dict:
-    """UNets of the same number of parameters, with maps and attention of the same sizes; None where not installed.
-
-    All have 32, 64 and 64 channels, one residual block a level (two on the way up) with time as a scale and a shift,
-    and one attention, in the middle.
-    """
-    ours = {"event_shape": (channels, size, size), "channels": 32, "multipliers": [1, 2, 2]}
-    found: dict = {"gengrad": UNet(**ours), "gengrad, channels_last": UNet(**ours, channels_last=True)}
-    try:
-        from torchcfm.models.unet import UNetModel
-
-        settings = {"channel_mult": [1, 2, 2], "attention_resolutions": "1", "use_scale_shift_norm": True}
-        network = UNetModel(dim=(channels, size, size), num_channels=32, num_res_blocks=1, **settings)
-        found["torchcfm"] = Peer(network, lambda unet, x, t: unet(t, x))
-    except ImportError:
-        found["torchcfm"] = None
-    try:
-        from diffusers import UNet2DModel
-
-        blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
-        settings = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, **blocks}
-        settings["resnet_time_scale_shift"] = "scale_shift"
-        network = UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **settings)
-        found["diffusers"] = Peer(network, lambda unet, x, t: unet(x, t).sample)
-    except ImportError:
-        found["diffusers"] = None
-    for name in ("torchcfm", "diffusers"):
-        if found[name] is not None:  # the same layout for them, for comparison at their best
-            last = copy.deepcopy(found[name]).to(memory_format=torch.channels_last)
-            found[f"{name}, channels_last"] = ChannelsLast(last)
-    return found
-
-
-class ChannelsLast(nn.Module):
-    """A network that is handed its images in channels_last layout."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.network(x.contiguous(memory_format=torch.channels_last), t)
-
-
-def images_per_second(networks: dict, shape: tuple, bf16: bool, steps: int, batch: int = 64) -> dict[str, float]:
-    """Median over steps of forward, backward and Adam, the networks in turn so that all meet the same machine."""
-    optimizers = {name: torch.optim.Adam(list(n.parameters())) for name, n in networks.items()}
-    x, t = torch.randn(batch, *shape), torch.rand(batch)
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for step in range(steps + 1):
-        for name, network in networks.items():
-            started = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = (network(x, t) - x).square().mean()
-            loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad(set_to_none=True)
-            if step:  # the first one sets up
-                seconds[name].append(time.perf_counter() - started)
-    return {name: batch / statistics.median(s) for name, s in seconds.items()}
 
 
 def speed(results: dict, given: argparse.Namespace) -> None:

@@ -24,7 +24,8 @@ def quick(folder, parts, methods, *more):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # a script finds its neighbours
     monkeypatch.setenv("GENGRAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GENGRAD_INCEPTION", raising=False)
 

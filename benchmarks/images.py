@@ -1,13 +1,14 @@
 """NSGF++ against flow matching and OT flow matching on small images; what its first phase is; the UNet's throughput.
 
-    python benchmarks/images.py [--quick] [--data ROOT] [--parts methods,phase1,coupling,speed,precision]
+    python benchmarks/images.py [--quick] [--data ROOT] [--parts methods,phase1,coupling,speed,precision,transfer]
         [--methods nsgf_pp,flow_matching] [--seeds 3] [--steps 3000] [--runs FOLDER] [--out FILE]
 
 methods: the same UNet, number of images seen and draws for all; Frechet distance of classifier features (FD-classifier,
 which is no FID) on 10,000 samples against the 10,000 test images at each NFE, three sampling seeds, beside the floor
 (training against test images). phase1: per epsilon and OT batch in pixel space, what the Sinkhorn plan looks like and
 how far the re-solved flow strays from a straight line. coupling: how much a plan tells of the image, in pixels and in
-principal components. precision: the loss in fp32 and in bf16. speed: images a second of a training step, beside
+principal components. precision: the loss in fp32 and in bf16. transfer: a short training on the classes 5 to 9 from the
+weights of one on 0 to 4 (``init_from``), beside one from nothing. speed: images a second of a training step, beside
 torchcfm's UNet and diffusers' where they are installed. ROOT holds MNIST as torchvision keeps it; --quick uses the
 embedded 8x8 digits. Cells that the JSON holds are not computed again, and a run that was cut goes on from its
 checkpoint; two processes with different --methods may share one JSON.
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from images_methods import DEFAULT, METHODS, ROOT, TITLES, config_of, floor_of, judge, scores_at, train
+from images_methods import DEFAULT, METHODS, ROOT, TITLES, config_of, config_on, floor_of, judge, scores_at, train
 from images_plans import explained, matched_cost, plan
 from images_unets import images_per_second, peers
 
@@ -203,15 +204,30 @@ def precision_table(results: dict) -> str:
     for name, cell in results["precision"].items():
         last = cell["losses"][-max(1, len(cell["losses"]) // 5) :]
         rate = round(cell["images a CPU-second"])
-        rows.append(
-            {
-                "precision": name,
-                "steps": cell["steps"],
-                "images a CPU-second": rate,
-                "mean loss of the last fifth": f"{statistics.mean(last):.4f}",
-            }
-        )
+        row = {"precision": name, "steps": cell["steps"], "images a CPU-second": rate}
+        rows.append(row | {"mean loss of the last fifth": f"{statistics.mean(last):.4f}"})
     return format_table(rows)
+
+
+# ------------------------------------------------------------------ transfer
+
+
+def transfer(results: dict, given: argparse.Namespace) -> None:
+    """FD-classifier at 5 evaluations on the classes 5 to 9: after ``--short`` steps from 0 to 4, and from nothing."""
+    base = config_on(range(5), given.steps // 3, None, given)
+    for name, start in (("from 0 to 4", base.general.out), ("from nothing", None)):
+        if name not in results["transfer"]:
+            if start:
+                train(base)
+            config = config_on(range(5, 10), given.short, start, given)
+            train(config)
+            found = judge(config, DATASETS.build(config.data), 5, 0, min(given.n, 4000))
+            results["transfer"][name] = {"FD-classifier": found["FD-classifier"], "steps": given.short}
+            save(results, given)
+
+
+def transfer_table(results: dict) -> str:
+    return format_table([{"weights": name, **cell} for name, cell in results["transfer"].items()])
 
 
 # ------------------------------------------------------------------ main
@@ -222,6 +238,7 @@ PARTS = {
     "coupling": (coupling, coupling_table),
     "speed": (speed, speed_table),
     "precision": (precision, precision_table),
+    "transfer": (transfer, transfer_table),
 }
 
 

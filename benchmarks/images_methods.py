@@ -60,6 +60,15 @@ def config_of(method: str, given: argparse.Namespace) -> RunConfig:
     return read_config(raw)
 
 
+def config_on(classes: range, steps: int, start: str | None, given: argparse.Namespace) -> RunConfig:
+    """NSGF++ with a shared network on some classes, from the weights of the run ``start`` or from nothing."""
+    raw = config_of("nsgf_pp_shared", given).resolved()
+    raw["data"]["classes"] = list(classes)
+    raw["train"] |= {"steps": steps, "warmup": steps // 10, "checkpoint_every": steps}
+    out = given.runs / f"classes-{classes[0]}-{classes[-1]}-{'started' if start else 'fresh'}-{steps}"
+    return read_config(raw | {"out": str(out), "init_from": start})
+
+
 def train(config: RunConfig) -> dict:
     """Trains the run, or goes on with it; CPU-seconds of its steps, of them on transport problems, and images seen."""
     outcome = gengrad.train(config, quiet=True)

@@ -23,7 +23,7 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_proc
 
 def train_on_two(*arguments: str, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", *launcher, str(ROOT / "tests" / "two_processes.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=180)
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=600)
 
 
 @pytest.mark.parametrize("method", ["nsgf", "flow_matching"])

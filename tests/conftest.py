@@ -61,3 +61,24 @@ def trained(tmp_path_factory):
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     assert main(["train", str(folder / "run.yaml")]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def phased(tmp_path_factory):
+    """The folder of a run of NSGF++ on the digits, without classes and hardly trained; tests must not change it."""
+    import yaml
+
+    from gengrad.cli import main
+
+    folder = tmp_path_factory.mktemp("phased")
+    raw = {
+        "out": str(folder / "run"),
+        "data": {"name": "digits"},
+        "network": {"name": "unet", "channels": 4, "multipliers": [1], "attention": False},
+        "method": {"name": "nsgf_pp", "ot_batch": 64},
+        "train": {"steps": 9, "batch_size": 32},
+        "evaluate": {"nfe": [2, 3], "n": 90, "draws": 2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", str(folder / "run.yaml")]) == 0
+    return folder / "run"

@@ -111,25 +111,6 @@ def test_an_odd_image_or_folder_is_handled_or_refused_by_name(name, tmp_path, sm
     assert "Traceback" not in told.err
 
 
-@pytest.fixture(scope="module")
-def phased(tmp_path_factory):
-    """A run of NSGF++ on the digits without classes, hardly trained."""
-    import yaml
-
-    folder = tmp_path_factory.mktemp("phased")
-    raw = {
-        "out": str(folder / "run"),
-        "data": {"name": "digits"},
-        "network": {"name": "unet", "channels": 4, "multipliers": [1], "attention": False},
-        "method": {"name": "nsgf_pp", "ot_batch": 16},
-        "train": {"steps": 4, "batch_size": 8},
-        "evaluate": {"nfe": [2], "n": 16, "draws": 1},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
-    assert main(["train", str(folder / "run.yaml")]) == 0
-    return folder / "run"
-
-
 REFUSED = {
     "guidance without classes": ("sample {run} --guidance 2", ["trained without classes", "network.classes=K"]),
     "a class without classes": ("sample {run} --class 3", ["trained without classes"]),

@@ -16,7 +16,7 @@ class LogSumExp(ConvexPotential):
 
         phi = kappa (d / G) sum_g s_g log sum_k exp(w_gk . x_ + c_gk),   x_ = A (x - m),
 
-    a universal approximator of convex functions (Calafiore, Gaubert, Possieri 2020, arXiv 1806.07850, theorem 2). With
+    a universal approximator of convex functions (Calafiore, Gaubert, Possieri 2020, arXiv 1806.07850). With
     the softmax p_g of a group, its gradient is A' m_g, m_g = sum_k p_gk w_gk, and its Hessian the covariance of w_gk
     under p_g. A soft maximum is what parts mass between several modes: the score of a Gaussian mixture with one common
     covariance is one group. One layer, so that a training step costs little.

@@ -2,13 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import gengrad
 from gengrad.cli import main
@@ -28,20 +28,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of NSGF++ on the digits, hardly trained; tests must not change its weights."""
-    folder = tmp_path_factory.mktemp("images")
-    raw = {
-        "out": str(folder / "run"),
-        "data": {"name": "digits"},
-        "network": {"name": "unet", "channels": 4, "multipliers": [1], "attention": False},
-        "method": {"name": "nsgf_pp", "ot_batch": 64},
-        "train": {"steps": 9, "batch_size": 32},
-        "evaluate": {"nfe": [2, 3], "n": 90, "draws": 2},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
-    assert main(["train", str(folder / "run.yaml")]) == 0
-    return folder / "run"
+def run(phased, tmp_path_factory):
+    """A copy of a hardly trained run, to evaluate in; tests must not change its weights."""
+    return Path(shutil.copytree(phased.parent, tmp_path_factory.mktemp("images") / "copy")) / "run"
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gengrad.molecules.autoencoder import Autoencoder
-from gengrad.registry import Settings
+from gengrad.registry import SCORERS, Settings
 
 
 class AutoencoderSettings(Settings):
@@ -18,8 +18,22 @@ class AutoencoderSettings(Settings):
     lr: float = Field(2e-3, gt=0)
     warmup: int = Field(100, ge=0)
     noise: float = Field(0.35, ge=0)  # standard deviation of what is added to the codes, whose coordinates have about 1
+    properties: list[str] = ["qed", "logp", "sa"]  # scorers whose values the codes shall tell
+    property_weight: float = Field(0.1, ge=0)  # of their squared error, beside the cross-entropy of a token
+    labelled: int = Field(50_000, ge=1)  # molecules that are scored for it at most, drawn by ``seed``
     held_out: int = Field(1000, ge=1)  # molecules kept for the report; at most a tenth
     seed: int = Field(0, ge=0)
+
+    @field_validator("properties")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        import gengrad.molecules.scorers  # noqa: F401 - registers the scorers
+
+        for name in names:
+            if SCORERS.get(name).outside:
+                raise ValueError(f"{name} runs outside; an autoencoder learns RDKit's properties")
+            SCORERS.build({"name": name})
+        return names
 
 
 class SurrogateSettings(Settings):

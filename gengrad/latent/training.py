@@ -1,4 +1,4 @@
-"""Training the autoencoder: reconstruction with a little noise on the codes, batches of one length, resumable."""
+"""Training the autoencoder: molecules and their properties from codes with noise, batches of one length, resumable."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from gengrad.data.draws import generator_for
 from gengrad.files import encode_json, write_json
 from gengrad.latent.codec import KIND, Codec, Whitening, build_network, symbols_of
+from gengrad.latent.labels import head_of, label_loss, labels_of
 from gengrad.latent.reconstruction import reconstruction
 from gengrad.latent.settings import AutoencoderSettings
-from gengrad.molecules.autoencoder import CHUNK, Autoencoder
+from gengrad.molecules.autoencoder import CHUNK, Autoencoder, on_sphere
 from gengrad.molecules.tokens import Alphabet
 from gengrad.training.checkpoint import (
     CheckpointStore,
@@ -32,6 +33,7 @@ from gengrad.training.tracking import Tracker
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
 LOG_EVERY = 50  # steps
+SEEN = 256  # held-out molecules decoded on the way
 
 
 def digest_of(smiles: Sequence[str]) -> str:
@@ -46,16 +48,20 @@ def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[held:].tolist()), sorted(order[:held].tolist())
 
 
-def loss_of(network: Autoencoder, tokens: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:
-    """Mean over tokens of -log p(token | tokens before it, z + noise), z = encoder(tokens) on its sphere.
+def losses_of(
+    network: Autoencoder, head: nn.Module, tokens: Tensor, labels: Tensor, noise: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean over tokens of -log p(token | tokens before it, z + noise), z = encoder(tokens) on its sphere; and the error
+    of the properties that ``head`` reads from z + noise.
 
-    Every token up to the first end counts, and nothing after it. tokens: (n, T).
+    Every token up to the first end counts, and nothing after it. tokens: (n, T); labels: (n, k), NaN left out.
     """
     z = network.encode(tokens)
-    noisy = z + settings.noise * torch.randn(z.shape, generator=generator).to(z)
+    noisy = z + noise * torch.randn(z.shape, generator=generator).to(z)
     before = network.shifted(tokens)
     counted = torch.cat([torch.ones_like(tokens[:, :1]), tokens[:, :-1]], dim=1) != 0
-    return cross_entropy(network.logits(noisy, before)[counted], tokens[counted].long())
+    loss = cross_entropy(network.logits(noisy, before)[counted], tokens[counted].long())
+    return loss, label_loss(head(on_sphere(noisy)), labels)
 
 
 def batches_of(lengths: Tensor, size: int, seed: int, epoch: int) -> list[Tensor]:
@@ -67,18 +73,24 @@ def batches_of(lengths: Tensor, size: int, seed: int, epoch: int) -> list[Tensor
 
 
 class Fit:
-    """The moving parts: network, optimiser, where the run stands; and their state by name."""
+    """The moving parts: network, optimiser, where the run stands; and their state by name.
 
-    def __init__(self, settings: AutoencoderSettings, alphabet: Alphabet, rows: list[list[int]], device: str):
+    ``rows``: the molecules in numbers; ``labels`` (n, k): their standardised properties.
+    """
+
+    def __init__(
+        self, settings: AutoencoderSettings, alphabet: Alphabet, rows: list[list[int]], labels: Tensor, device: str
+    ):
         self.settings, self.device, self.step, self.seconds = settings, device, 0, 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_for(settings.seed, "init").initial_seed())
             self.network = build_network(settings.network, alphabet).to(device)
-        self.named = dict(self.network.named_parameters())
+            self.head = head_of(settings.network.latent, labels.shape[1]).to(device)
+        self.named = dict(nn.ModuleDict({"network": self.network, "head": self.head}).named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
-        self.tokens = alphabet.rows(rows)
+        self.tokens, self.labels = alphabet.rows(rows), labels
         self.lengths = (self.tokens != 0).sum(1)
         self._batches: tuple[int, list[Tensor]] = (-1, [])
 
@@ -88,13 +100,14 @@ class Fit:
         s = self.settings
         return min(1.0, self.step / s.steps if s.steps else self.seconds / (60 * s.minutes))
 
-    def batch(self) -> Tensor:
-        """The tokens (n, T) of this step, a function of the seed and the step."""
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The tokens (n, T) and labels (n, k) of this step, a function of the seed and the step."""
         epoch, place = divmod(self.step, -(-len(self.tokens) // self.settings.batch_size))
         if self._batches[0] != epoch:
             self._batches = (epoch, batches_of(self.lengths, self.settings.batch_size, self.settings.seed, epoch))
         rows = self._batches[1][place]
-        return self.tokens[rows, : int(self.lengths[rows].max()) + 1].to(self.device)
+        longest = int(self.lengths[rows].max())
+        return self.tokens[rows, : longest + 1].to(self.device), self.labels[rows].to(self.device)
 
     def advance(self) -> dict[str, float]:
         """One step of the optimiser."""
@@ -102,7 +115,9 @@ class Fit:
         ramp = min(1.0, (self.step + 1) / s.warmup) if s.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = ramp * learning_rate(round(1e6 * self.share), 1_000_000, s.lr, 0)
-        loss = loss_of(self.network, self.batch(), s, generator)
+        tokens, labels = self.batch()
+        written, read = losses_of(self.network, self.head, tokens, labels, s.noise, generator)
+        loss = written + s.property_weight * read
         if not bool(loss.isfinite()):
             raise ValueError(
                 f"the autoencoder's loss is {loss.item()} at step {self.step}: start again with a lower lr "
@@ -113,19 +128,22 @@ class Fit:
         norm = nn.utils.clip_grad_norm_(self.named.values(), 1.0)
         self.optimizer.step()
         self.step += 1
-        return {"step": self.step, "loss": loss.item(), "grad_norm": float(norm), "lr": group["lr"]}
+        found = {"step": self.step, "loss": written.item(), "grad_norm": float(norm), "lr": group["lr"]}
+        return found | ({"property_error": read.item()} if labels.shape[1] else {})
 
     def state(self) -> dict:
         return {
             "step": self.step,
             "seconds": self.seconds,
             "network": module_state(self.network),
+            "head": module_state(self.head),
             "optimizer": optimizer_state_by_name(self.optimizer, self.named),
         }
 
     def load(self, state: dict) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         load_module_state(self.network, state["network"])
+        load_module_state(self.head, state["head"])
         load_optimizer_state_by_name(self.optimizer, self.named, state["optimizer"])
 
 
@@ -163,7 +181,8 @@ def train_autoencoder(
         alphabet = Alphabet.of(symbols[i] for i in good)
         rows = [alphabet.numbers(symbols[i]) for i in good]
         train, held = split(len(rows), settings.held_out, settings.seed)
-        fit = Fit(settings, alphabet, [rows[i] for i in train], device)
+        labels = labels_of([smiles[good[i]] for i in train], settings, processes)
+        fit = Fit(settings, alphabet, [rows[i] for i in train], labels, device)
         tracker.say(
             f"autoencoder: {len(train):,} molecules, {len(held):,} held out, {len(alphabet) - 1} symbols, longest "
             f"{alphabet.length}, {sum(p.numel() for p in fit.named.values()):,} parameters"
@@ -173,7 +192,7 @@ def train_autoencoder(
             tracker.cut(found.shared["metrics_position"])
             tracker.say(f"  goes on at step {fit.step:,}, from {found.path}")
         with Interrupts() as interrupts:
-            _run(fit, store, tracker, told, interrupts, clock)
+            _run(fit, store, tracker, told, alphabet.rows([rows[i] for i in held[:SEEN]]), interrupts, clock)
         if interrupts.signal is not None:
             tracker.say(f"stopped at step {fit.step:,}, saved in {out}; the same command goes on")
             return interrupts.signal
@@ -192,8 +211,19 @@ def train_autoencoder(
     return codec
 
 
-def _run(fit: Fit, store: CheckpointStore, tracker: Tracker, told: dict, interrupts: Interrupts, clock) -> None:
-    """Steps until the budget is spent or a signal comes; a checkpoint every minute and at the end."""
+@torch.inference_mode()
+def exact_tokens(network: Autoencoder, tokens: Tensor) -> float:
+    """The share of rows (n, T) that come back token by token; ``reconstruction`` compares molecules, and finds more."""
+    found = network.eval().decode(network.encode(tokens))[:, : tokens.shape[1]].to(tokens)
+    network.train()
+    return float((found == tokens).all(1).float().mean())
+
+
+def _run(fit: Fit, store: CheckpointStore, tracker: Tracker, told: dict, seen: Tensor, interrupts, clock) -> None:
+    """Steps until the budget is spent or a signal comes; a checkpoint every minute and at the end.
+
+    Every 500 steps the held-out rows ``seen`` (n, T) are decoded: ``held_out_exact`` in the log.
+    """
     before = saved = clock()
 
     def save() -> None:
@@ -207,9 +237,14 @@ def _run(fit: Fit, store: CheckpointStore, tracker: Tracker, told: dict, interru
         fit.seconds, before = fit.seconds + now - before, now
         tracker.advance() if fit.settings.steps else None
         if fit.step % LOG_EVERY == 0 or fit.share >= 1:
-            tracker.log({"stage": "autoencoder", **row, "spent_seconds": fit.seconds})
-            if fit.step % (10 * LOG_EVERY) == 0:
-                tracker.say(f"autoencoder step {fit.step:,}  loss {row['loss']:.4f}  {fit.seconds:.0f} s")
+            shown = fit.step % (10 * LOG_EVERY) == 0 or fit.share >= 1
+            exact = {"held_out_exact": exact_tokens(fit.network, seen.to(fit.device))} if shown else {}
+            tracker.log({"stage": "autoencoder", **row, **exact, "spent_seconds": fit.seconds})
+            if shown:
+                tracker.say(
+                    f"autoencoder step {fit.step:,}  loss {row['loss']:.4f}  "
+                    f"held out, exact {exact['held_out_exact']:.1%}  {fit.seconds:.0f} s"
+                )
         if now - saved > SAVE_EVERY:
             save()
             saved = now

@@ -5,6 +5,7 @@ import torch
 
 from gengrad.latent import training
 from gengrad.latent.codec import Codec
+from gengrad.latent.labels import label_loss, labels_of
 from gengrad.latent.settings import AutoencoderSettings
 from gengrad.latent.training import Fit, batches_of, split, train_autoencoder
 from gengrad.molecules.tokens import Alphabet, selfies_of
@@ -18,13 +19,37 @@ def fit_of(smiles, **settings) -> Fit:
     symbols = [selfies_of(text) for text in smiles]
     alphabet = Alphabet.of(symbols)
     chosen = SETTINGS.model_copy(update=settings)
-    return Fit(chosen, alphabet, [alphabet.numbers(s) for s in symbols], "cpu")
+    return Fit(chosen, alphabet, [alphabet.numbers(s) for s in symbols], labels_of(smiles, chosen), "cpu")
 
 
 def test_the_loss_of_few_molecules_falls_far(molecules):
     fit = fit_of(molecules[:8], steps=150, batch_size=8, lr=1e-2, noise=0.0)
     losses = [fit.advance()["loss"] for _ in range(150)]
     assert losses[-1] < 0.2 * losses[0]  # from about log 25, a uniform guess
+
+
+def test_codes_learn_to_tell_the_properties(molecules):
+    fit = fit_of(molecules[:16], steps=150, batch_size=16, lr=1e-2, noise=0.0, property_weight=1.0)
+    errors = [fit.advance()["property_error"] for _ in range(150)]
+    assert errors[0] > 0.5 and errors[-1] < 0.05 * errors[0]  # 1: the variance of a standardised property
+
+
+def test_labels_are_standardised_properties_of_some_molecules(molecules):
+    settings = SETTINGS.model_copy(update={"properties": ["logp", "qed"], "labelled": 10})
+    labels = labels_of(molecules[:20], settings)
+    known = ~labels.isnan()
+    assert labels.shape == (20, 2) and known.sum(0).tolist() == [10, 10]
+    assert labels.nan_to_num(0.0).sum(0).div(10).abs().max() < 1e-5
+    assert torch.allclose(labels.nan_to_num(0.0).square().sum(0) / 10, torch.ones(2), atol=1e-5)
+    assert labels_of(molecules[:20], settings.model_copy(update={"properties": []})).shape == (20, 0)
+    with pytest.raises(ValueError, match="qed"):
+        AutoencoderSettings(properties=["qedd"])
+
+
+def test_what_has_no_label_costs_nothing():
+    labels = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
+    assert label_loss(torch.full((2, 2), 3.0), labels) == 4.0
+    assert label_loss(torch.full((2, 2), 3.0), torch.full((2, 2), torch.nan)) == 0.0
 
 
 def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(molecules, tmp_path, monkeypatch):

@@ -27,8 +27,9 @@ def add_populations(commands, positive) -> None:
     improve.add_argument(
         "--proposer",
         default="graph",
-        help="where molecules come from (default graph); with settings as '{name: graph, mutation_rate: 1.0}'",
+        help="graph (default), screen, or with settings: '{name: screen, path: shop.smi}', '{name: latent, run: RUN}'",
     )
+    improve.add_argument("--keep-scaffold", action="store_true", help="only molecules of the lead's Murcko scaffold")
     improve.add_argument("--keep", type=positive, default=1, help="best molecules kept of each lead (default 1)")
     improve.set_defaults(command=optimize)
 
@@ -77,6 +78,7 @@ def baseline(given) -> int:
 
 def optimize(given) -> int:
     """``gengrad molecules optimize leads.smi --objective objective.yaml --similarity 0.4 --calls 100 --out FOLDER``"""
+    import gengrad.latent.proposer  # noqa: F401 - registers the proposer of codes
     from gengrad.molecules.leads import LeadSearch, run_leads
     from gengrad.strict_yaml import parse_yaml
 
@@ -89,7 +91,7 @@ def optimize(given) -> int:
         given.calls,
         given.out,
         proposer=proposer,
-        settings=LeadSearch(keep=given.keep),
+        settings=LeadSearch(keep=given.keep, keep_scaffold=given.keep_scaffold),
         **_common(given),
     )
     refused = found["leads"] - found["valid_leads"]

@@ -20,16 +20,19 @@ from gengrad.molecules.proposers import Proposer
 from gengrad.molecules.reading import Row, read_molecules
 from gengrad.molecules.searching import IDLE, mating_pool, search_head, write_folder
 from gengrad.registry import PROPOSERS, Settings
+from gengrad.strict_yaml import ConfigError, check
 
 
 class LeadSearch(Settings):
     """``alive``: of a lead's molecules that may be parents; ``offspring``: proposals of a round for each lead;
-    ``keep``: of the best of each lead, in population_after.csv; ``decodes``: proposals for each scorer call at most."""
+    ``keep``: of the best of each lead, in population_after.csv; ``decodes``: proposals for each scorer call at most;
+    ``keep_scaffold``: molecules of another Murcko scaffold than the lead's are not scored."""
 
     alive: int = Field(20, ge=1)
     offspring: int = Field(40, ge=1)
     keep: int = Field(1, ge=1)
     decodes: int = Field(50, ge=1)
+    keep_scaffold: bool = False
 
 
 @dataclass
@@ -84,7 +87,7 @@ def run_leads(
     if calls < 2:
         raise ValueError(f"--calls {calls}: the lead itself takes one scorer call; give at least 2")
     chosen = {"name": "graph"} if proposer is None else proposer
-    source = PROPOSERS.build(chosen)
+    source = _proposer(chosen)
     objective = load_objective(objective_file)
     leads = _leads(leads_file, column, processes, timeout)
     good = [lead for lead in leads if lead.smiles is not None]
@@ -114,6 +117,16 @@ def run_leads(
     found = {**head, "calls": len(ledger.members), "leads": len(leads), "valid_leads": len(good), **_summary(good)}
     found |= {"resumed_after": ledger.resumed, "ended": "budget spent" if _all_spent(good, calls) else "no way on"}
     return write_folder(out, objective_file, ledger, progress, before, after, found, time.monotonic() - began)
+
+
+def _proposer(chosen: dict) -> Proposer:
+    """The proposer of a mapping with a ``name``; every mistake in its settings is told at once."""
+    cls, problems = PROPOSERS.get(chosen.get("name")), []
+    rest = {key: value for key, value in chosen.items() if key != "name"}
+    settings = check(cls.Config, rest, f"proposer {cls.name}", list(cls.Config.model_fields), problems)
+    if problems:
+        raise ConfigError("; ".join(f"{key}: {text}" for key, text in problems))
+    return cls(settings)
 
 
 def _leads(path, column: str | None, processes: int, timeout: float) -> list[Lead]:
@@ -147,6 +160,8 @@ def _one_round(ledger, progress, lead: Lead, source: Proposer, generator, simila
     proposals = [p.smiles for p in source.propose(pool, settings.offspring, generator) if p.smiles]
     seen = describe([lead.smiles, *proposals], (), workers=workers)
     near = [round(x, 6) for x in tanimoto(seen.fingerprints[:1], seen.fingerprints)[0].tolist()]  # 0.7 is not below 0.7
+    kept = [not settings.keep_scaffold or one == seen.scaffolds[0] for one in seen.scaffolds.tolist()]
+    near = [value if keeps else -1.0 for value, keeps in zip(near, kept)]
     valid = dict(zip(seen.smiles[1:], near[1:]))
     similar = {text: value for text, value in valid.items() if value >= similarity}
     new = {text: value for text, value in similar.items() if text not in lead.found}

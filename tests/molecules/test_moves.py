@@ -69,11 +69,22 @@ def test_what_no_chemist_wants_to_see_is_not_sound(smiles):
 
 
 def test_every_proposer_gives_n_proposals_of_known_parents_and_the_same_for_the_same_generator():
-    for name in PROPOSERS:
-        proposer = PROPOSERS.build({"name": name})
+    for settings in ({"name": "graph"}, {"name": "screen", "library": 60, "nearest": 20}):
+        proposer = PROPOSERS.build(settings)
         found = [proposer.propose(LIBRARY[:5], 12, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
         assert len(found[0]) == 12 and all(0 <= p.parent < 5 for p in found[0])
         assert found[0] == found[1] != found[2]
+
+
+def test_screening_gives_the_nearest_molecules_of_a_file_and_nothing_for_what_is_no_molecule(tmp_path):
+    (tmp_path / "shop.smi").write_text("CCCCO\nc1ccccc1\nCCCCCO\nc1ccccc1C\n")
+    screen = PROPOSERS.build({"name": "screen", "path": str(tmp_path / "shop.smi"), "nearest": 2})
+    found = screen.propose(["CCCCCCO", "hello", "Cc1ccccc1"], 40, torch.Generator().manual_seed(0))
+    by_parent = [{p.smiles for p in found if p.parent == i} for i in range(3)]
+    assert by_parent == [{"CCCCO", "CCCCCO"}, {None}, {"Cc1ccccc1", "c1ccccc1"}]
+    (tmp_path / "none.smi").write_text("hello\n")
+    with pytest.raises(ValueError, match="no molecule"):
+        PROPOSERS.build({"name": "screen", "path": str(tmp_path / "none.smi")}).propose(["C"], 1, torch.Generator())
 
 
 def test_the_graph_proposer_mutates_where_there_is_but_one_parent():

@@ -161,6 +161,15 @@ def test_leads_are_improved_within_their_calls_and_the_similarity(tmp_path, caps
     assert "improved 100.0% of them" in capsys.readouterr().out
 
 
+def test_a_lead_s_scaffold_is_kept_where_that_is_asked_for(tmp_path, in_process):
+    (tmp_path / "o.yaml").write_text("components: [{scorer: qed}]\n")
+    (tmp_path / "lead.smi").write_text("CCCCCCCCc1ccccc1\n")
+    command = ["molecules", "optimize", str(tmp_path / "lead.smi"), "--objective", str(tmp_path / "o.yaml"), "--calls"]
+    given = ["15", "--out", str(tmp_path / "out"), "--processes", "1", "--keep-scaffold", "--similarity", "0.3"]
+    assert main([*command, *given]) == 0
+    assert {row["scaffold"] for row in rows(tmp_path / "out" / "calls.csv")} == {"c1ccccc1"}
+
+
 BAD = {  # command line after `molecules` -> what the message says
     "baseline random --objective qed.yaml --calls 0 --out out": ["--calls 0", "at least 1"],
     "baseline grpah-ga --objective qed.yaml --calls 5 --out out": ["'grpah-ga'", "Did you mean 'graph-ga'"],
@@ -174,7 +183,11 @@ BAD = {  # command line after `molecules` -> what the message says
     "optimize two.smi --objective qed.yaml --similarity 1.5 --calls 5 --out out": ["--similarity 1.5"],
     "optimize two.smi --objective qed.yaml --calls 1 --out out": ["at least 2"],
     "optimize bad.smi --objective qed.yaml --calls 5 --out out": ["none of 1 rows is a molecule"],
-    "optimize two.smi --objective qed.yaml --calls 5 --proposer latnt --out out": ["unknown proposer 'latnt'", "graph"],
+    "optimize two.smi --objective qed.yaml --calls 5 --proposer latnt --out out": [
+        "unknown proposer 'latnt'",
+        "'latent'",
+    ],
+    "optimize two.smi --objective qed.yaml --calls 5 --proposer latent --out out": ["proposer latent.run"],
     "optimize two.smi --objective qed.yaml --calls 5 --proposer {name:graph} --out out": ["unknown proposer None"],
     "evaluate two.smi bad.smi": ["none of 1 rows is a molecule"],
     "evaluate empty.smi two.smi": ["empty"],

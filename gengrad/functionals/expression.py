@@ -103,6 +103,19 @@ def takes(terms: list[dict], what: str) -> bool:
     return any(FUNCTIONALS.get(term["name"]).takes == what for term in terms)
 
 
+def lacks(terms: list[dict], target: Any) -> list[str]:
+    """What the data do not have that a term takes of them: a log density, or samples."""
+    found = []
+    if takes(terms, "density") and not hasattr(target, "log_density"):
+        found.append(
+            f"the functional needs the log density of the data, which {target.name!r} does not have; "
+            "sinkhorn_divergence and energy_distance need samples alone"
+        )
+    if takes(terms, "samples") and not target.has_samples:
+        found.append(f"the functional compares with samples of the data, and {target.name!r} has none")
+    return found
+
+
 def needs_density(terms: list[dict]) -> bool:
     """Whether a term is defined for measures with a density alone."""
     return any(getattr(FUNCTIONALS.get(term["name"]), "needs_density", False) for term in terms) or takes(

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from gengrad.data.base import Distribution
 from gengrad.flows.density_cloud import Cloud
 from gengrad.flows.flow import Flow
 from gengrad.flows.monotone import MonotoneTransport, reweighting
@@ -54,9 +55,13 @@ class JKOFilter(JKOICNN):
     def least_nfe(self) -> int:
         return self.config.jko_steps + len(self.config.observations)
 
+    def objections(self, source: Distribution, target: Distribution) -> list[str]:
+        found = super().objections(source, target)
+        if math.prod(source.event_shape) != 1:
+            found.append(f"jko_filter is for states on the line; the source has shape {tuple(source.event_shape)}")
+        return found
+
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
-        if math.prod(problem.source.event_shape) != 1:
-            raise ValueError(f"jko_filter is for states on the line; the source has shape {problem.source.event_shape}")
         c = self.config
         updates = {round(time / c.tau): self._update(time, value) for time, value in c.observations}
         yield from self.steps(problem, flow, updates)

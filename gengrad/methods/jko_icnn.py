@@ -15,7 +15,7 @@ from gengrad.flows.flow import Flow, load
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.operator import operator_of
 from gengrad.functionals.base import Functional
-from gengrad.functionals.expression import Expression, build_expression, needs_density, refuse_unbounded, takes
+from gengrad.functionals.expression import Expression, build_expression, lacks, needs_density, refuse_unbounded, takes
 from gengrad.methods import jko_warm as warm
 from gengrad.methods.base import Method, Problem, Stage
 from gengrad.methods.jko_stage import JKOStage
@@ -62,7 +62,13 @@ class JKOICNN(Method):
         return self.config.jko_steps
 
     def objections(self, source: Distribution, target: Distribution) -> list[str]:
-        return warm.objections(self.config, tuple(target.event_shape))
+        found = warm.objections(self.config, tuple(target.event_shape)) + lacks(self.config.functional, target)
+        if needs_density(self.config.functional) and not hasattr(source, "log_density"):
+            found.append(
+                f"the functional needs a density, and source {source.name!r} has none: start from a source with a log "
+                "density (normal, gaussian, gaussian_mixture, uniform), or use functionals of particles"
+            )
+        return found
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield from self.steps(problem, flow, {})
@@ -87,11 +93,6 @@ class JKOICNN(Method):
     def _functional_of(self, problem: Problem) -> Callable[[Distribution], Functional]:
         """target -> the functional towards it; the samples that it may take are the same for all."""
         c = self.config
-        if needs_density(c.functional) and not hasattr(problem.source, "log_density"):
-            raise ValueError(
-                f"the functional needs a density, and source {problem.source.name!r} has none: start from a source "
-                "with a log density (normal, gaussian, gaussian_mixture, uniform), or use functionals of particles"
-            )
         samples = None
         if takes(c.functional, "samples"):
             samples = problem.target.sample(c.target_samples, generator_for(problem.seed, "functional/target"))

@@ -23,6 +23,7 @@ from gengrad.functionals.expression import (
     build_expression,
     gradient_of,
     has_pairs,
+    lacks,
     needs_density,
     refuse_unbounded,
     takes,
@@ -86,10 +87,7 @@ class JKOOperator(Method):
                 f"the functional needs a density, and log det DT is written out up to d = {LARGEST_JACOBIAN}; here "
                 f"d = {shape[0]}: take jko_icnn, or functionals of particles (potential, interaction, energy_distance)"
             )
-        if takes(c.functional, "density") and not hasattr(target, "log_density"):
-            found.append(f"the functional needs the log density of the data, which {target.name!r} does not have")
-        if takes(c.functional, "samples") and not target.has_samples:
-            found.append(f"the functional compares with samples of the data, and {target.name!r} has none")
+        found += lacks(c.functional, target)
         return found
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:

@@ -13,7 +13,7 @@ from gengrad.data.draws import Keyed, Stream
 from gengrad.flows.cloud import ParticleCloud, growing_taus, without_entropy
 from gengrad.flows.flow import Flow
 from gengrad.flows.transports import Transport
-from gengrad.functionals.expression import Expression, build_expression, takes
+from gengrad.functionals.expression import Expression, build_expression, lacks, takes
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.registry import FUNCTIONALS, METHODS, Settings, settings_of
 
@@ -94,13 +94,8 @@ class Particles(Method):
             return self
 
     def objections(self, source: Distribution, target: Distribution) -> list[str]:
-        name = target.name
-        if takes(self.config.functional, "density") and not hasattr(target, "log_density"):
-            return [f"the functional needs the log density of the data, which {name!r} does not have; take "
-                    "sinkhorn_divergence or energy_distance, which need its samples alone"]  # fmt: skip
-        if takes(self.config.functional, "samples") and self.config.towards == "data" and not target.has_samples:
-            return [f"the functional compares with samples of the data, and {name!r} has none"]
-        return []
+        c = self.config
+        return lacks([t for t in c.functional if c.towards == "data" or not takes([t], "samples")], target)
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield ParticleStage(problem, self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,15 +38,13 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
     beside = next(((key, label) for key, label in shown if any(row.get(key) for row in rows)), None)
     figure, panels = new_figure(2 if beside else 1, 9.0 if beside else 4.5, 3.4)
     left = panels[0]
-    time = [0.0] + [row["time"] for row in rows]
-    start = rows[0]["energy_before"]
     for key, label, look in (
         ("energy_exact", "continuous flow", {"color": TARGET, "linewidth": 5}),
         ("energy_implicit", "exact implicit steps", {"color": SOURCE, "linestyle": "--", "linewidth": 2}),
         ("energy", "learned", {"color": SAMPLES, "marker": "o", "markersize": 3.5, "linewidth": 1}),
     ):
         if all(key in row for row in rows):
-            left.plot(time, [start] + [row[key] for row in rows], label=label, **look)
+            left.plot(*_with_jumps(rows, key), label=label, **look)
     if all("energy_at_rest" in row for row in rows):
         left.axhline(rows[-1]["energy_at_rest"], color=TARGET, linewidth=3, label="at rest", zorder=0)
     curve_panel(left, "flow time", "energy")
@@ -63,6 +62,21 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
                 panels[1].set_ylim(middle / 10, middle * 10)
         curve_panel(panels[1], "flow time", beside[1])
     return figure
+
+
+def _with_jumps(rows: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
+    """Times and energies from the start on. Where an observation came in between two steps the line is broken; the
+    learned one goes on from the energy right after it."""
+    times, values, last = [0.0], [rows[0]["energy_before"]], rows[0]["energy_before"]
+    spread = max(row["energy"] for row in rows) - min(row["energy"] for row in rows)
+    for k, row in enumerate(rows):
+        if abs(row["energy_before"] - last) > 1e-3 * spread and k:
+            times += [math.nan, rows[k - 1]["time"]]
+            values += [math.nan, row["energy_before"] if key == "energy" else math.nan]
+        times.append(row["time"])
+        values.append(row[key])
+        last = row["energy"]
+    return times, values
 
 
 def density_figure(states: Sequence[State], law: Law, times: Sequence[float], chosen: Sequence[int]) -> Figure:

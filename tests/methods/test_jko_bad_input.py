@@ -36,7 +36,7 @@ CASES = {
     "outposts where particles meet": (
         {}, {"functional": ["entropy", "interaction"], "outposts": 32}, ["outposts=32", "particles do not meet"],
     ),
-    "samples of no data": ({}, {"functional": "energy_distance"}, ["has no samples"]),
+    "samples of no data": ({}, {"functional": "energy_distance"}, ["samples of the data", "'space' has none"]),
     "a misspelt functional": ({}, {"functional": "entorpy"}, ["method.functional", "Did you mean 'entropy'"]),
     "a misspelt potential": (
         {}, {"functional": {"name": "potential", "potential": "double_wall"}}, ["Did you mean 'double_well'"],

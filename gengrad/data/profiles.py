@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gengrad.data.base import Distribution
+from gengrad.data.families import EDGE, direction, points_of_the_cube
 from gengrad.registry import DATASETS, Settings
 
 
@@ -22,13 +23,16 @@ class Radial(Distribution):
         self.radius, self.event_shape = self.config.radius, (self.config.dimension,)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """|x|^2 / R^2 is Beta(d/2, p + 1): the ratio of Gammas, in a uniform direction."""
+        """|x|^2 / R^2 is Beta(d/2, p + 1): the ratio of Gammas, in a uniform direction.
+
+        The n draws come of a net shifted at random, each uniform and together far more even than independent ones.
+        """
         d = self.config.dimension
-        direction = torch.randn(n, d, generator=generator, dtype=torch.float64)
-        # quantiles of evenly shifted points: draws of one radius each, far less noisy than independent ones
-        u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
-        radius = self.config.radius * _beta_quantile(u, d / 2, self.power() + 1).sqrt()
-        return (radius[:, None] * direction / direction.norm(dim=1, keepdim=True)).float()
+        u = points_of_the_cube(1, n, 2 if d == 2 else d + 1, generator)[0]
+        radius = self.config.radius * _beta_quantile(u[:, 0], d / 2, self.power() + 1).sqrt()
+        # other than on the plane, the direction of a Gaussian: of one sign or the other on the line
+        ray = direction(u[:, 1:]) if d == 2 else torch.special.ndtri(u[:, 1:].clamp(EDGE, 1 - EDGE))
+        return (radius[:, None] * ray / ray.norm(dim=1, keepdim=True).clamp_min(EDGE)).float()
 
     def log_density(self, x: Tensor) -> Tensor:
         """log of the normalised profile, minus infinity outside of its support, (n, d) -> (n,)."""

@@ -14,7 +14,7 @@ from gengrad.functionals.base import Functional
 
 @dataclass(frozen=True)
 class ParticleFlow:
-    """States and velocities of a particle flow: ``states`` (steps + 1, n, *event), ``velocities`` (steps, n, *event).
+    """States kept and velocities between them: ``states`` (kept + 1, n, *event), ``velocities`` (kept, n, *event).
 
     ``taus`` are the lengths of the steps in flow time, ``values`` F at the states where they were asked for, and
     ``logs`` what the functional said of each evaluation.
@@ -47,18 +47,28 @@ def particle_flow(
     taus: Sequence[float],
     *,
     record_values: bool = False,
+    momentum: float = 0.0,
+    every: int = 1,
 ) -> ParticleFlow:
     """Explicit Euler on particles: X^{k+1} = X^k + tau_k v(X^k), v = ``functional.velocity`` = -n dF/dX.
 
     Source: algorithm 1 of arXiv 2401.14069, there with v of the Sinkhorn divergence.
     ``functional`` may also be a function of the step number, for a fresh target batch at each step. x: (n, *event).
-    Raises ``ValueError`` for a functional that needs a density, and for a step that is not positive and finite.
-    Solvers inside the functional are warm-started from the step before.
+    ``momentum`` m: U^{k+1} = m U^k + v(X^k), X^{k+1} = X^k + tau_k U^{k+1} (Polyak's heavy ball), no gradient flow any
+    more, but at the same minimum after about 1 - m as many steps. ``every``: of so many steps the last state is kept,
+    and the mean velocity; the number of steps is a multiple of it.
+    Raises ``ValueError`` for a functional that needs a density, for a step that is not positive and finite, and for a
+    momentum outside [0, 1). Solvers inside the functional are warm-started from the step before.
     """
     choose = functional if not isinstance(functional, Functional) else (lambda step: functional)
     if any(not 0 < tau < float("inf") for tau in taus):
         raise ValueError(f"the steps tau of a particle flow are positive and finite; got {list(taus)}")
+    if not 0 <= momentum < 1 or every < 1 or len(taus) % every:
+        raise ValueError(
+            f"momentum={momentum:g} has to lie in [0, 1), and the {len(taus)} steps to be a multiple of every={every}"
+        )
     states, velocities, values, logs, memory = [x], [], [], [], {}
+    u = torch.zeros_like(x)
     for step, tau in enumerate(taus):
         current = choose(step)
         if current.needs_density:
@@ -66,12 +76,16 @@ def particle_flow(
                 f"{type(current).__name__} needs a density, which a cloud of particles does not have; "
                 "descend it with a method that carries densities"
             )
-        v = current.velocity(states[-1], memory)
+        v = current.velocity(x, memory)
         if record_values:
-            values.append(float(current(states[-1])))
+            values.append(float(current(x)))
         logs.append(dict(memory.get("log", {})))
-        velocities.append(v)
-        states.append(states[-1] + tau * v)
+        u = momentum * u + v if momentum else v
+        x = x + tau * u
+        if (step + 1) % every == 0:
+            length = sum(taus[step + 1 - every : step + 1])
+            velocities.append(u if every == 1 else (x - states[-1]) / length)
+            states.append(x)
     if record_values:
         values.append(float(choose(len(taus) - 1)(states[-1])))
     return ParticleFlow(

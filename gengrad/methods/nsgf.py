@@ -49,7 +49,7 @@ class NSGF(Method):
     X^{k+1} = X^k + eta_k v(X^k), v = sinkhorn_velocity(X^k, Y); the network is regressed on w = v / (1 - t) along the
     path, t the geodesic clock (t_{k+1} - t_k = eta_k (1 - t_k)), so that dx/dt = w runs from 0 to 1 and w stays as
     large as y - x_0 on the whole way. With another ``functional`` the paths are those of its particle flow, and t is
-    flow time in units of flow_steps tau.
+    the share of the flow_steps that are done: flow time in units of flow_steps tau where the steps are equal.
     """
 
     class Config(Settings):
@@ -62,6 +62,11 @@ class NSGF(Method):
         # settings); none: the Sinkhorn divergence
         functional: ParticleExpression | None = None
         tau: float = Field(0.1, gt=0)
+        # each of them may be made of several steps of the particles; each step is `growth` times the one before, and
+        # goes on with `momentum` of the last one's way (Polyak's heavy ball), which a flow that slows down needs
+        substeps: int = Field(1, ge=1)
+        growth: float = Field(1.0, ge=1)
+        momentum: float = Field(0.0, ge=0, lt=1)
         # mean: the debiased barycentric velocity of the theory; sample: towards a target point drawn from the plan's
         # row; match: the plan rounded to the best permutation, which its potentials find quickly (epsilon -> 0). Drawn
         # and matched targets never lie between two modes and have the target's law, so they need no self term
@@ -105,6 +110,8 @@ class NSGF(Method):
                 raise ValueError(f"ot_batch=all is one problem of all points: leave out ot_scope={self.ot_scope}")
             if self.functional is not None and self.pool != "euler":
                 raise ValueError("functional=... is followed step by step: take pool=euler, or leave it out")
+            if self.functional is None and (self.substeps > 1 or self.growth > 1 or self.momentum > 0):
+                raise ValueError("substeps, growth and momentum are of another functional=...; give one, or leave them")
             if self.functional is not None and self.stop < 1:
                 raise ValueError("stop is on the Sinkhorn flow's clock: with functional=... take fewer flow_steps")
             if self.target == "match" and (self.ot_scope == "rows" or self.target_batch not in (None, self.ot_batch)):
@@ -257,8 +264,10 @@ class SinkhornStage(Stage):
 
     def _descent(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The particle flow of another functional, in equal steps of the clock, and its logs."""
-        functional = build_expression(self.config.functional, self.problem.target, y)
-        flowed = particle_flow(functional, x, [self.config.tau] * (len(self.times) - 1))
+        c = self.config
+        functional = build_expression(c.functional, self.problem.target, y)
+        taus = [c.tau * c.growth**k for k in range((len(self.times) - 1) * c.substeps)]
+        flowed = particle_flow(functional, x, taus, momentum=c.momentum, every=c.substeps)
         return flowed.states, flowed.logs[-1]
 
     def _flow(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

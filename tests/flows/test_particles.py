@@ -58,3 +58,25 @@ def test_a_density_is_not_to_be_had_from_particles():
 def test_a_step_that_is_not_positive_and_finite_is_refused(tau):
     with pytest.raises(ValueError, match="positive and finite"):
         particle_flow(EnergyDistance(cloud(3, 1)), cloud(3, 0), [tau])
+
+
+def test_with_momentum_a_step_goes_on_with_part_of_the_last_one():
+    x, functional = cloud(20, 0), EnergyDistance(cloud(30, 1, 3.0))
+    flow = particle_flow(functional, x, [0.1, 0.2], momentum=0.7)
+    first = functional.velocity(x)
+    second = 0.7 * first + functional.velocity(x + 0.1 * first)
+    assert torch.allclose(flow.states[1], x + 0.1 * first) and torch.allclose(flow.velocities[1], second)
+    assert torch.allclose(flow.states[2], flow.states[1] + 0.2 * second)
+
+
+def test_of_several_steps_the_last_state_and_the_mean_velocity_are_kept():
+    x, functional, taus = cloud(20, 0), EnergyDistance(cloud(30, 1, 3.0)), [0.1, 0.2, 0.3, 0.4]
+    every, kept = (particle_flow(functional, x, taus, momentum=0.5, every=k) for k in (1, 2))
+    assert torch.equal(kept.states, every.states[::2]) and kept.velocities.shape == (2, 20, 2)
+    assert torch.allclose(kept.velocities[0], (every.states[2] - every.states[0]) / 0.3, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"momentum": 1.0}, {"momentum": -0.1}, {"every": 2}, {"every": 0}])
+def test_momentum_and_the_steps_kept_are_checked(changes):
+    with pytest.raises(ValueError, match="momentum"):
+        particle_flow(EnergyDistance(cloud(3, 1)), cloud(3, 0), [0.1] * 3, **changes)

@@ -74,6 +74,7 @@ def test_the_flow_stops_where_it_is_told(clouds, small, tmp_path):
         ({"ot_scope": "local"}, "ot_batch=all is one problem of all points"),
         ({"name": "nsgf_pp"}, "method.stop"),
         ({"functional": "energy_distance"}, "takes no target, stop"),
+        ({"momentum": 0.5}, "another functional"),
         ({"ot_batch": "some"}, "method.ot_batch"),
         ({"ot_batch": 1}, "method.ot_batch"),
         ({"source": {"name": "normal"}}, "needs a source of finitely many points, not 'normal'"),

@@ -29,6 +29,7 @@ PROBES = 4096  # particles on which a step is judged
 PAIRS = 2048  # ... where every one of them meets every other
 CURVED = 8192  # particles for the affine solve where each has its own Hessian; half of them above d = 16
 BLOCKS = 8  # of the probes, on which two maps are compared
+SURE, SURE_ALONE = 2.0, 4.0  # standard errors by which a map has to be better: beside the residual, and without it
 RISE = 1e-3  # relative rise of the energy in a step that ends the run: more than the noise of the probes
 
 
@@ -236,11 +237,13 @@ def is_better(judged: dict, start: dict) -> bool:
 
     Near the minimum the difference of two objectives is of second order in that of the maps, but its noise of first:
     blocks of particles say how large it is. The residual vanishes there particle by particle, and has no such noise.
+    Where there is no residual, the objective alone has to be surer: by chance it says so at one step of hundreds.
     """
     gain = start["parts"] - judged["parts"]
     noise = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else gain.new_zeros(())
-    if abs(gain.mean()) > 2 * noise or start["residual"] is None or judged["residual"] is None:
-        return bool(gain.mean() > 2 * noise)
+    blind = start["residual"] is None or judged["residual"] is None
+    if blind or abs(gain.mean()) > SURE * noise:
+        return bool(gain.mean() > (SURE_ALONE if blind else SURE) * noise)
     return judged["residual"] < start["residual"]
 
 

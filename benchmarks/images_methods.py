@@ -35,6 +35,8 @@ METHODS = {
     "ot_flow_matching": {"name": "flow_matching", "coupling": "minibatch_ot"},
     # not by default: straight lines between the pairs of these plans all the way, which is what they are worth alone
     "nsgf": {"name": "nsgf", **PLANS},
+    # not by default either: the flow of an MMD, learned from particles
+    "mmd": yaml.safe_load((ROOT / "configs" / "riesz" / "mnist_mmd.yaml").read_text())["method"],
 }
 TITLES = {
     "nsgf_pp": "NSGF++, two networks",
@@ -42,6 +44,7 @@ TITLES = {
     "flow_matching": "flow matching",
     "ot_flow_matching": "OT flow matching",
     "nsgf": "OT flow matching with the plans of NSGF++",
+    "mmd": "MMD flow, distilled",
 }
 DEFAULT = ("nsgf_pp", "nsgf_pp_shared", "flow_matching", "ot_flow_matching")
 

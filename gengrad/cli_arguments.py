@@ -49,9 +49,15 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path, default=None, help=".npy, .pt or .png; of molecules .csv, .sdf or .png")
     parser.add_argument("--solver", choices=SOLVERS, default=None)
     add_choices(parser)
-    operators = parser.add_argument_group("a learned operator on a cloud of yours (method jko_operator)")
-    operators.add_argument("--source", type=path, default=None, metavar="POINTS.npy", help="points (n, d) to move")
-    operators.add_argument("--steps", type=positive, default=None, help="how many JKO steps to make")
+    operators = parser.add_argument_group("points or molecules of yours")
+    operators.add_argument(
+        "--source",
+        type=path,
+        default=None,
+        metavar="FILE",
+        help="molecules for a run on molecules; .npy (n, d) for an operator",
+    )
+    operators.add_argument("--steps", type=positive, default=None, help="JKO steps that an operator makes")
     parser.add_argument(
         "--trajectory",
         nargs="?",

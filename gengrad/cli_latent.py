@@ -136,19 +136,32 @@ def flow(given) -> int:
 
 
 def sample_molecules(trained, given) -> int:
-    """``python sample.py RUN --n 1000 --out hits.csv`` of a run on molecules: decoded, filtered, scored."""
+    """``python sample.py RUN --n 1000 --out hits.csv`` of a run on molecules: decoded, filtered, scored.
+
+    ``--source mine.smi``: the molecules of that file are moved; those that cannot be are in ``hits_left_out.csv``.
+    """
     from gengrad import chain
-    from gengrad.files import writable
-    from gengrad.latent.population import ENDINGS, population, start, states, write_population
+    from gengrad.files import writable, write_atomically
+    from gengrad.latent.population import ENDINGS, of_file, population, start, states, write_population
+    from gengrad.molecules.prepare import table
 
     out = writable(given.out, ENDINGS) if given.out else None
     if given.nfe and len(given.nfe) > 1:
         raise ValueError("molecules are sampled at one NFE; give one, or leave --nfe out")
     codec, objective, surrogate, _ = chain.parts_of(trained)
     nfe = given.nfe[0] if given.nfe else trained.info["config"]["evaluate"]["nfe"][0]
-    n = given.n or 64
-    x, parents = start(trained, n, given.seed)
-    step, here = 0, x
+    if given.source:
+        x, parents, left = of_file(codec, given.source, cpus())
+        x, parents = x[: given.n], parents[: given.n]
+        before = population(codec, objective, surrogate, x, parents, 0, given.seed, cpus())
+        print(f"{len(x)} molecules of {given.source}, median total {float(before.scores.total.nanmedian()):.4g}")
+        if left:
+            print(f"{len(left)} rows are left out; the first: {left[0][2]}")
+            if out:
+                write_atomically(out.with_name(f"{out.stem}_left_out.csv"), table(("id", "input", "reason"), left))
+    else:
+        x, parents = start(trained, given.n or 64, given.seed)
+    n, step, here = len(x), 0, x
     for step, here in enumerate(states(trained, x, given.seed, nfe)):  # noqa: B007 - the last one is used
         pass
     found = population(codec, objective, surrogate, here, parents, step, given.seed, cpus())

@@ -19,7 +19,8 @@ from gengrad.latent.data import Latents
 from gengrad.latent.surrogate import Surrogate
 from gengrad.molecules.metrics import describe, tanimoto
 from gengrad.molecules.objective import Objective
-from gengrad.molecules.prepare import table
+from gengrad.molecules.prepare import prepare, table
+from gengrad.molecules.reading import read_molecules
 from gengrad.molecules.scoring import Scores, score
 
 ENDINGS = (".csv", ".sdf", ".png")
@@ -62,6 +63,23 @@ def start(flow: Flow, n: int, seed: int) -> tuple[Tensor, list[tuple[str, str]]]
     from gengrad.data.draws import draw
 
     return draw(flow.source, 0, n, seed, "source"), [("", "")] * n
+
+
+def of_file(codec: Codec, path: Path, processes: int = 1) -> tuple[Tensor, list[tuple[str, str]], list[list[str]]]:
+    """(points, (id, SMILES) of each, [id, input, reason] of what is left out) of the molecules of a user's file.
+
+    They are standardised as for training; equal ones come once. Raises ``ValueError`` where none is left.
+    """
+    found = prepare(read_molecules(path).rows, processes=processes)
+    rows = codec.rows(found.smiles, processes)
+    left = [[row.name, row.shown, reason] for row, reason in found.rejected]
+    left += [[row.name, row.shown, str(r)] for (row, *_), r in zip(found.kept, rows) if isinstance(r, ValueError)]
+    good = [(row.name, text, r) for (row, *_), text, r in zip(found.kept, found.smiles, rows) if isinstance(r, list)]
+    if not good:
+        raise ValueError(
+            f"{path}: none of its {len(left)} rows can be moved; the first: {left[0][2] if left else 'empty'}"
+        )
+    return codec.encode([r for *_, r in good]), [(name, text) for name, text, _ in good], left
 
 
 @torch.inference_mode()

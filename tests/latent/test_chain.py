@@ -152,6 +152,20 @@ def test_codes_can_be_had_as_an_array(folder):
     assert numpy.load(folder / "codes.npy").shape == (3, 6)
 
 
+def test_molecules_of_ones_own_are_moved_and_those_that_cannot_be_are_listed(folder, capsys):
+    mine = library(120)[100:]
+    (folder / "mine.smi").write_text(
+        "\n".join(f"{text} own{i}" for i, text in enumerate([*mine, "hello", "C[Si](C)C"]))
+    )
+    given = ["sample", str(folder / "run"), "--source", str(folder / "mine.smi"), "--out", str(folder / "moved.csv")]
+    assert main(given) == 0
+    rows, left = read(folder / "moved.csv"), read(folder / "moved_left_out.csv")
+    assert [row["parent"] for row in rows] == [f"own{i}" for i in range(20)]
+    assert [row["id"] for row in left] == ["own20", "own21"] and all(row["reason"] for row in left)
+    assert "20 molecules of" in capsys.readouterr().out
+    assert main([*given, "--steps", "3"]) == 2
+
+
 @pytest.mark.parametrize("more, says", [(["--out", "hits.txt"], ".csv, .sdf, .png"), (["--nfe", "2,3"], "one NFE")])
 def test_a_wrong_request_for_samples_is_refused(folder, capsys, more, says):
     assert main(["sample", str(folder / "run"), *more]) == 2

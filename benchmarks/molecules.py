@@ -2,7 +2,7 @@
 
     python benchmarks/molecules.py [--parts prepare,score] [--data FILE] [--n 20000] [--processes 1,2] [--out FILE]
     python benchmarks/molecules.py --parts baselines [--calls 2000] [--seeds 0,1]
-    python benchmarks/molecules.py --parts autoencoder,flow,walks [--minutes 10] [--runs FOLDER]
+    python benchmarks/molecules.py --parts autoencoder,flow,walks [--minutes 10] [--properties qed logp] [--runs FOLDER]
         [--flows "qed_nsgf,qed_nsgf method.stop=0.5,..."] [--flow-seeds 0,1,2]
 
 Baselines: random screening of the enumerated library and a genetic algorithm that starts with its first 100 molecules,
@@ -116,12 +116,12 @@ def measure_baseline(method: str, calls: int, seed: int) -> dict:
     return {**last, "wall_seconds": wall, "cpu_seconds": cpu, **where, "rdkit": rdkit.__version__}
 
 
-def train_autoencoder(smiles: list[str], minutes: float, folder: Path, processes: int) -> dict:
+def train_autoencoder(smiles: list[str], given: argparse.Namespace, folder: Path, processes: int) -> dict:
     """Exact reconstruction and mean Tanimoto of 1,000 held-out molecules after CPU-minutes of training."""
     from gengrad.latent import training
     from gengrad.latent.settings import AutoencoderSettings
 
-    settings = AutoencoderSettings(minutes=minutes)
+    settings = AutoencoderSettings(minutes=given.minutes, properties=given.properties)
     codec = training.train_autoencoder(smiles, folder, settings, processes=processes, clock=time.process_time)
     if isinstance(codec, int):
         raise SystemExit(128 + codec)
@@ -178,7 +178,8 @@ def learned(given, report: dict, name: str, smiles: list[str]) -> None:
     """The parts that train, and their tables."""
     machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": date.today().isoformat()}
     processes = max(map(int, given.processes.split(",")))
-    autoencoder = given.runs / f"{name}_{len(smiles)}_{given.minutes:g}_minutes"
+    how = f"{given.minutes:g} CPU-minutes{''.join(f' {p}' for p in given.properties)}"
+    autoencoder = given.runs / f"{name}_{len(smiles)}_{how.replace(' ', '_').replace('CPU-', '')}"
 
     def cell(key: str, measure_it) -> dict:
         if key not in report:
@@ -186,8 +187,8 @@ def learned(given, report: dict, name: str, smiles: list[str]) -> None:
             write_json(given.out, report)
         return report[key]
 
-    trained = f"{name}/{len(smiles)}/{given.minutes:g} CPU-minutes"
-    found = cell(f"autoencoder/{trained}", lambda: train_autoencoder(smiles, given.minutes, autoencoder, processes))
+    trained = f"{name}/{len(smiles)}/{how}"
+    found = cell(f"autoencoder/{trained}", lambda: train_autoencoder(smiles, given, autoencoder, processes))
     print("| autoencoder | exact | Tanimoto | validity | steps |", "| --- " * 5 + "|", sep="\n")
     figures = f"{found['exact']:.4f} | {found['tanimoto']:.4f} | {found['validity']:.4f} | {found['steps']:,}"
     print(f"| {trained} | {figures} |", flush=True)
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=2000, help="of each baseline")
     parser.add_argument("--seeds", default="0,1", help="of the baselines")
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU-minutes of the autoencoder's training")
+    parser.add_argument("--properties", nargs="*", default=[], help="that the autoencoder's codes learn to tell")
     parser.add_argument("--flows", default="qed_jko_icnn,qed_nsgf", help="names of configs/molecules, overrides behind")
     parser.add_argument("--flow-seeds", default="0", help="of the flows")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_molecules"))

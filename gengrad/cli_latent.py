@@ -20,7 +20,10 @@ def add_latent(commands, positive) -> None:
     learn.add_argument("--width", type=positive, default=None, help="of the LSTM (default 256)")
     learn.add_argument("--batch-size", type=positive, default=None, help="molecules a step (default 128)")
     learn.add_argument("--lr", type=float, default=None, help="of AdamW (default 2e-3)")
-    learn.add_argument("--noise", type=float, default=None, help="on the codes (default 0.5)")
+    learn.add_argument("--noise", type=float, default=None, help="on the codes (default 0.35)")
+    learn.add_argument(
+        "--properties", nargs="+", default=None, help="scorers that the codes learn to tell: qed logp sa"
+    )
     learn.add_argument("--seed", type=int, default=None)
     learn.set_defaults(command=train_autoencoder)
 
@@ -81,7 +84,7 @@ def train_autoencoder(given) -> int:
     from gengrad.latent.settings import AutoencoderSettings
     from gengrad.latent.training import train_autoencoder as train
 
-    options = _chosen(given, "minutes", "steps", "batch_size", "lr", "noise", "seed")
+    options = _chosen(given, "minutes", "steps", "batch_size", "lr", "noise", "properties", "seed")
     settings = _settings(AutoencoderSettings, network=_chosen(given, "latent", "width"), **options)
     _, smiles = stages.molecules(Latents.Config(path=given.file, column=given.column), given.out / "molecules", print)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ class AutoencoderSettings(Settings):
     lr: float = Field(2e-3, gt=0)
     warmup: int = Field(100, ge=0)
     noise: float = Field(0.35, ge=0)  # standard deviation of what is added to the codes, whose coordinates have about 1
-    properties: list[str] = ["qed", "logp", "sa"]  # scorers whose values the codes shall tell
+    properties: list[str] = []  # scorers whose values the codes shall tell, such as qed, logp, sa
     property_weight: float = Field(0.1, ge=0)  # of their squared error, beside the cross-entropy of a token
     labelled: int = Field(50_000, ge=1)  # molecules that are scored for it at most, drawn by ``seed``
     held_out: int = Field(1000, ge=1)  # molecules kept for the report; at most a tenth

@@ -12,7 +12,7 @@ from gengrad.molecules.tokens import Alphabet, selfies_of
 
 from .conftest import SMALL
 
-SETTINGS = AutoencoderSettings(steps=6, network=SMALL, batch_size=16, warmup=0)
+SETTINGS = AutoencoderSettings(steps=6, network=SMALL, batch_size=16, warmup=0, properties=["qed", "logp"])
 
 
 def fit_of(smiles, **settings) -> Fit:

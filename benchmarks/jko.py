@@ -270,12 +270,11 @@ def table(results: dict) -> str:
         groups.setdefault(part, {}).setdefault(case, []).append(cell)
     lines = []
     for part, cases in groups.items():
-        every = [set(cell) for found in cases.values() for cell in found]
-        columns = [c for c in next(iter(cases.values()))[0] if c != "along" and all(c in keys for keys in every)]
+        columns = [c for c in next(iter(cases.values()))[0] if c != "along"]
         lines += [f"| {part} | " + " | ".join(c.replace("_", " ") for c in columns) + " | seeds |"]
         lines += ["| --- " * (len(columns) + 2) + "|"]
         for case, found in cases.items():
-            means = [f"{statistics.mean(cell[c] for cell in found):.3g}" for c in columns]
+            means = [f"{statistics.mean(cell[c] for cell in found):.3g}" if c in found[0] else "" for c in columns]
             lines.append(f"| {case} | " + " | ".join(means) + f" | {len(found)} |")
         lines.append("")
     return "\n".join(lines)

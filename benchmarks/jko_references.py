@@ -56,7 +56,7 @@ def fokker_planck(target: GaussianMixture, variance: float, t: float, reach: flo
 def weights_alone(target: GaussianMixture, x: Tensor) -> float:
     """Symmetric KL between the modes' weights in a cloud x (by the posterior of each point) and the target's own.
 
-    At most the symmetric KL of the laws (data processing), up to the cloud's noise.
+    At most the symmetric KL of the laws (data processing), up to the cloud's noise. Modes of covariance I.
     """
     means, prior = target.modes.to(x), target.mode_weights.to(x)
     scores = torch.stack([(x - mean).square().sum(1) / -2 for mean in means], dim=1) + prior.log()

@@ -132,11 +132,12 @@ def sample(given: Namespace) -> int:
 
     flow = _flow(given)
     codes = given.out is not None and given.out.suffix in (".npy", ".pt") and given.source is None
+    if given.source is None:
+        _choose_phases(flow, given)
     if flow.info.get("config", {}).get("data", {}).get("name") == "latents" and not codes and given.steps is None:
         return sample_molecules(flow, given)
     if given.source is not None or given.steps is not None:
         return _evolve(flow, given)
-    _choose_phases(flow, given)
     folder = Path(given.run)
     out = writable(given.out, sampling.ENDINGS) if given.out else None
     film = None

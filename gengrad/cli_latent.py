@@ -149,20 +149,29 @@ def sample_molecules(trained, given) -> int:
     from gengrad.molecules.prepare import table
 
     out = writable(given.out, ENDINGS) if given.out else None
+    others = {
+        "--solver": given.solver,
+        "--class": given.label,
+        "--guidance": None if given.guidance == 1 else given.guidance,
+        "--phase-1": given.phase_1,
+    }
+    others |= {"--tau": given.tau, "--trajectory": given.trajectory}
+    if surplus := [option for option, value in others.items() if value is not None]:
+        raise ValueError(f"a run on molecules takes no {' and no '.join(surplus)} when they are decoded; leave it out")
     if given.nfe and len(given.nfe) > 1:
         raise ValueError("molecules are sampled at one NFE; give one, or leave --nfe out")
     codec, objective, surrogate, _ = chain.parts_of(trained)
     nfe = given.nfe[0] if given.nfe else trained.info["config"]["evaluate"]["nfe"][0]
     if given.source:
         x, parents, left = of_file(codec, given.source, cpus())
-        x, parents = x[: given.n], parents[: given.n]
+        count, x, parents = len(x), x[: given.n], parents[: given.n]
         before = population(codec, objective, surrogate, x, parents, 0, given.seed, cpus())
-        print(f"{len(x)} molecules of {given.source}, median total {float(before.scores.total.nanmedian()):.4g}")
+        told = "" if len(x) == count else f"the first {len(x)} of "
+        print(f"{told}{count} molecules, median total {float(before.scores.total.nanmedian()):.4g}")
         if left:
-            print(f"{len(left)} rows are left out; the first: {left[0][2]}")
-            if out:
-                write_atomically(out.with_name(f"{out.stem}_left_out.csv"), table(("id", "input", "reason"), left))
+            print(f"{len(left)} rows of the file are left out; the first: {left[0][2]}")
     else:
+        left = []
         x, parents = start(trained, given.n or 64, given.seed)
     n, step, here = len(x), 0, x
     for step, here in enumerate(states(trained, x, given.seed, nfe)):  # noqa: B007 - the last one is used
@@ -174,7 +183,14 @@ def sample_molecules(trained, given) -> int:
         print(f"median total {float(found.scores.total.nanmedian()):.4g}")
     if out:
         write_population(found, objective, out)
-        print(f"written: {out}")
+        names = [str(out)]
+        if left:
+            rest = out.with_name(f"{out.stem}_left_out.csv")
+            if rest.resolve() == given.source.resolve():
+                raise ValueError(f"{rest} is the file of --source, and would be overwritten: take another --out")
+            write_atomically(rest, table(("id", "input", "reason"), left))
+            names.append(str(rest))
+        print(f"written: {', '.join(names)}")
     else:
         print("nothing was written: give --out hits.csv, .sdf or .png")
     return 0

@@ -23,9 +23,10 @@ class Radial(Distribution):
         self.radius, self.event_shape = self.config.radius, (self.config.dimension,)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """|x|^2 / R^2 is Beta(d/2, p + 1): the ratio of Gammas, in a uniform direction.
+        """|x|^2 / R^2 is Beta(d/2, p + 1), by its quantiles, in a uniform direction.
 
-        The n draws come of a net shifted at random, each uniform and together far more even than independent ones.
+        The n draws of one call come of a net shifted at random: each has the law, and together they are far more even
+        than independent ones.
         """
         d = self.config.dimension
         u = points_of_the_cube(1, n, 2 if d == 2 else d + 1, generator)[0]

@@ -16,8 +16,8 @@ from gengrad.functionals.base import Functional
 class ParticleFlow:
     """States kept and velocities between them: ``states`` (kept + 1, n, *event), ``velocities`` (kept, n, *event).
 
-    ``taus`` are the lengths of the steps in flow time, ``values`` F at the states where they were asked for, and
-    ``logs`` what the functional said of each evaluation.
+    ``taus`` are the lengths in flow time between the states kept. ``values``, F where it was asked for, and ``logs``,
+    what the functional said, are of every step, also of those whose states were not kept.
     """
 
     states: Tensor
@@ -63,10 +63,10 @@ def particle_flow(
     choose = functional if not isinstance(functional, Functional) else (lambda step: functional)
     if any(not 0 < tau < float("inf") for tau in taus):
         raise ValueError(f"the steps tau of a particle flow are positive and finite; got {list(taus)}")
-    if not 0 <= momentum < 1 or every < 1 or len(taus) % every:
-        raise ValueError(
-            f"momentum={momentum:g} has to lie in [0, 1), and the {len(taus)} steps to be a multiple of every={every}"
-        )
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum:g} has to lie in [0, 1)")
+    if every < 1 or len(taus) % every:
+        raise ValueError(f"every={every}: the number of steps, {len(taus)}, has to be a multiple of it")
     states, velocities, values, logs, memory = [x], [], [], [], {}
     u = torch.zeros_like(x)
     for step, tau in enumerate(taus):
@@ -91,7 +91,7 @@ def particle_flow(
     return ParticleFlow(
         states=torch.stack(states),
         velocities=torch.stack(velocities) if velocities else x.new_empty(0, *x.shape),
-        taus=tuple(taus),
+        taus=tuple(taus) if every == 1 else tuple(sum(taus[k : k + every]) for k in range(0, len(taus), every)),
         values=tuple(values),
         logs=tuple(logs),
     )

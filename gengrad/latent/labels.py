@@ -40,11 +40,15 @@ def labels_of(smiles: Sequence[str], settings: AutoencoderSettings, processes: i
 
 
 def head_of(latent: int, properties: int) -> nn.Module:
-    """Predicts standardised properties (n, k) from codes (n, latent)."""
+    """Predicts standardised properties (n, k) from codes (n, latent); of none, nothing that could be trained."""
+    if not properties:
+        return nn.Identity()
     return nn.Sequential(nn.Linear(latent, WIDTH), nn.SiLU(), nn.Linear(WIDTH, properties))
 
 
 def label_loss(predicted: Tensor, labels: Tensor) -> Tensor:
     """Mean squared error over what has a label: (n, k), (n, k) -> (); 0 where nothing has."""
+    if not labels.shape[1]:
+        return labels.new_zeros(())
     known = ~labels.isnan()
     return (predicted - labels.nan_to_num(0.0)).square().mul(known).sum() / known.sum().clamp_min(1)

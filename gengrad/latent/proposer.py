@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class Latent(Proposer):
     u is a direction by chance, or towards the code of another parent (a share ``between`` of the proposals); in a share
     ``guided`` minus the gradient of a surrogate's potential is added to it, both of length one: uphill, but not all the
     same way. ``run``: the folder of a run on molecules, or of an autoencoder alone, which guides nothing. A parent that
-    the autoencoder cannot take has no proposals. Raises ``FileNotFoundError`` where there is no autoencoder.
+    the autoencoder cannot take has no proposals. The potential is that of the objective which is searched for; raises
+    ``ValueError`` where the surrogate has not learned its properties, ``FileNotFoundError`` without an autoencoder.
     """
 
     class Config(Settings):
@@ -42,19 +44,26 @@ class Latent(Proposer):
     def __init__(self, config=None, **settings):
         super().__init__(config, **settings)
         folder = Path(self.config.run)
-        self._processes = 1
         self._codec = Codec.load(_autoencoder(folder))
-        self._surrogate = Surrogate.load(folder / "surrogate") if (folder / "surrogate").is_dir() else None
-        if self._surrogate is not None:
+        self._surrogate = self._objective = None
+        if (folder / "surrogate").is_dir() and self.config.guided:
+            self._surrogate = Surrogate.load(folder / "surrogate")
             self._objective = read_objective(self._surrogate.info["objective"])
+            if self._surrogate.info.get("codec", self._codec.digest()) != self._codec.digest():
+                raise ValueError(f"proposer latent: the surrogate in {str(folder)!r} is of another autoencoder")
 
     @contextmanager
-    def ready(self, processes=1, timeout=10.0):
-        self._processes = processes
+    def ready(self, processes=1, timeout=10.0, objective=None):
+        if self._surrogate is not None and objective is not None:
+            self._surrogate.columns(objective)  # refuses what it has not learned
+            self._objective = objective
         yield self
 
+    def digest(self):
+        return self._codec.digest() + ("" if self._surrogate is None else str(self._surrogate.info.get("molecules")))
+
     def propose(self, parents, n, generator):
-        c, rows = self.config, self._codec.rows(parents, self._processes)
+        c, rows = self.config, self._codec.rows(parents, 0)  # they have been scored: no need for processes to kill
         taken = [i for i, row in enumerate(rows) if not isinstance(row, ValueError)]
         a, b = torch.randint(len(parents), (2, n), generator=generator)
         noise = torch.randn(n, self._codec.latent, generator=generator)
@@ -81,8 +90,10 @@ def _unit(u: Tensor) -> Tensor:
 
 
 def _autoencoder(folder: Path) -> Path:
-    """Where a folder holds its autoencoder: itself, or the one of a run."""
-    for place in (folder, folder / "autoencoder"):
+    """Where a folder has its autoencoder: itself, in the run, or the one that the run's config names."""
+    config = folder / "config.yaml"
+    named = yaml.safe_load(config.read_text()).get("data", {}).get("autoencoder_from") if config.is_file() else None
+    for place in (folder, folder / "autoencoder", *([Path(named)] if named else [])):
         if (place / "autoencoder.json").is_file():
             return place
     raise FileNotFoundError(

@@ -30,9 +30,11 @@ class AutoencoderSettings(Settings):
         import gengrad.molecules.scorers  # noqa: F401 - registers the scorers
 
         for name in names:
-            if SCORERS.get(name).outside:
-                raise ValueError(f"{name} runs outside; an autoencoder learns RDKit's properties")
-            SCORERS.build({"name": name})
+            scorer = SCORERS.get(name)
+            if scorer.outside or any(field.is_required() for field in scorer.Config.model_fields.values()):
+                raise ValueError(
+                    f"{name} needs settings of its own; an autoencoder learns plain properties: qed, logp, sa"
+                )
         return names
 
 

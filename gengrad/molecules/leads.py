@@ -92,12 +92,18 @@ def run_leads(
     leads = _leads(leads_file, column, processes, timeout)
     good = [lead for lead in leads if lead.smiles is not None]
     head = search_head("optimize", objective_file, leads_file, seed)
-    head |= {"proposer": chosen, "similarity": similarity, "calls_per_lead": calls, **settings.model_dump()}
+    head |= {
+        "proposer": chosen,
+        "proposer_digest": source.digest(),
+        "similarity": similarity,
+        "calls_per_lead": calls,
+        **settings.model_dump(),
+    }
     ledger = Ledger(objective, calls * len(good), out / "calls.jsonl", head)
     progress, began = Progress(ledger), time.monotonic()
     with (
+        source.ready(processes, timeout, objective),  # first: what it reads may be wrong
         ledger.open(processes, timeout),
-        source.ready(processes, timeout),
         describers((), processes, timeout) as workers,
     ):
         _enter_leads(ledger, progress, good)

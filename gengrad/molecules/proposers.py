@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from pydantic import Field
 
+from gengrad.files import sha256_of
 from gengrad.molecules.described import describe
 from gengrad.molecules.library import library
 from gengrad.molecules.metrics import tanimoto
+from gengrad.molecules.objective import Objective
 from gengrad.molecules.prepare import prepare
 from gengrad.molecules.reading import read_molecules
 from gengrad.molecules.workers import Workers
@@ -30,12 +33,16 @@ class Proposer(Configured):
     """Base of all: ``propose(parents, n, generator)`` gives n proposals, in order, a function of its arguments.
 
     Parents may be named several times, the better ones more often. A proposal may be invalid, or known already: who
-    asks checks it and counts it. ``with proposer.ready(processes, timeout):`` around many calls keeps its processes.
+    asks checks it and counts it. ``with proposer.ready(processes, timeout, objective):`` around many calls keeps its
+    processes, and says what is searched for. ``digest`` tells apart what it reads beside its settings.
     """
 
     @contextmanager
-    def ready(self, processes: int = 1, timeout: float = 10.0):
+    def ready(self, processes: int = 1, timeout: float = 10.0, objective: Objective | None = None):
         yield self
+
+    def digest(self) -> str | None:
+        return None
 
     def propose(self, parents: Sequence[str], n: int, generator: torch.Generator) -> list[Proposal]:
         raise NotImplementedError
@@ -58,7 +65,7 @@ class Graph(Proposer):
         self._workers = Workers("breed", self.config.model_dump(include={"mutation_rate", "max_atoms"}))
 
     @contextmanager
-    def ready(self, processes=1, timeout=10.0):
+    def ready(self, processes=1, timeout=10.0, objective=None):
         self._workers.processes, self._workers.timeout = processes, timeout
         with self._workers:
             yield self
@@ -87,15 +94,22 @@ class Screen(Proposer):
 
     def __init__(self, config=None, **settings):
         super().__init__(config, **settings)
+        path = self.config.path
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"proposer screen: no molecule file at {path!r} (looked in {Path.cwd()})")
         self._processes, self._timeout, self._shelf = 1, 10.0, None
         self._near: dict[str, list[int]] = {}
 
     @contextmanager
-    def ready(self, processes=1, timeout=10.0):
+    def ready(self, processes=1, timeout=10.0, objective=None):
         self._processes, self._timeout = processes, timeout
+        self._on_offer()
         yield self
 
-    def _shelves(self):
+    def digest(self):
+        return None if self.config.path is None else sha256_of(self.config.path)
+
+    def _on_offer(self):
         """The molecules on offer, looked at once."""
         if self._shelf is None:
             c = self.config
@@ -109,13 +123,13 @@ class Screen(Proposer):
         return self._shelf
 
     def propose(self, parents, n, generator):
-        shelf = self._shelves()
+        shelf = self._on_offer()
         unknown = [text for text in dict.fromkeys(parents) if text not in self._near]
         if unknown:
             seen = describe(unknown, (), self._processes, self._timeout)
             for text, bits in zip([text for text, valid in zip(unknown, seen.valid) if valid], seen.fingerprints):
-                likeness = tanimoto(bits[None], shelf.fingerprints)[0]
-                self._near[text] = likeness.argsort(descending=True, stable=True)[: self.config.nearest].tolist()
+                order = tanimoto(bits[None], shelf.fingerprints)[0].argsort(descending=True, stable=True).tolist()
+                self._near[text] = [i for i in order if shelf.smiles[i] != text][: self.config.nearest]
         places = torch.randint(len(parents), (n,), generator=generator).tolist()
         chances = torch.rand(n, generator=generator).tolist()
         found = []

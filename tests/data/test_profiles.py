@@ -35,3 +35,12 @@ def test_samples_follow_the_density_in_the_plane():
     inside = float((x.norm(dim=1) < 0.5).double().mean())
     # mass within r of the profile (1 - r^2) 2/pi: 2 r^2 - r^4
     assert inside == pytest.approx(2 * 0.25 - 0.0625, abs=2e-3)
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_samples_are_spread_more_evenly_than_independent_ones(dimension):
+    source = Ball(radius=1.0, dimension=dimension)
+    draws = torch.stack([source.sample(256, torch.Generator().manual_seed(seed)) for seed in range(40)])
+    second = 1 / (dimension + 2)  # E x_i^2
+    assert draws.mean(1).std(0).max() < 0.5 * (second / 256) ** 0.5  # of independent ones: (second / 256)^(1/2)
+    assert draws.mean((0, 1)).abs().max() < 0.02 and abs(float(draws.square().mean()) - second) < 0.005

@@ -133,3 +133,20 @@ def test_residuals_that_hardly_differ_are_drawn_on_an_axis_of_two_decades():
     rows = [{"time": t, "energy": 1.0, "energy_before": 1.0, "residual": 3e-5 * (1 + t / 100)} for t in (1.0, 2.0)]
     low, high = energy_figure(rows).axes[1].get_ylim()
     assert high / low == pytest.approx(100)
+
+
+def test_the_energy_of_a_filter_jumps_where_an_observation_comes_in():
+    before, after = (3.0, 2.0, 5.0, 4.0), (2.0, 1.0, 4.0, 3.5)
+    rows = [
+        {"time": k + 1.0, "energy_before": b, "energy": a, "energy_exact": a}
+        for k, (b, a) in enumerate(zip(before, after))
+    ]
+    lines = {line.get_label(): line.get_xydata() for line in energy_figure(rows).axes[0].lines}
+    assert lines["learned"].shape == (7, 2) and lines["learned"][4].tolist() == [
+        2.0,
+        5.0,
+    ]  # at the time of the one before
+    assert lines["learned"][3][0] != lines["learned"][3][0]  # a gap
+    assert len(lines["continuous flow"]) == 7 and lines["continuous flow"][5].tolist() == [3.0, 4.0]
+    steady = [{**row, "energy_before": b} for row, b in zip(rows, (3.0, 2.0, 1.0, 4.0))]
+    assert len(energy_figure(steady).axes[0].lines[-1].get_xydata()) == 5

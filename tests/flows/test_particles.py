@@ -73,10 +73,19 @@ def test_of_several_steps_the_last_state_and_the_mean_velocity_are_kept():
     x, functional, taus = cloud(20, 0), EnergyDistance(cloud(30, 1, 3.0)), [0.1, 0.2, 0.3, 0.4]
     every, kept = (particle_flow(functional, x, taus, momentum=0.5, every=k) for k in (1, 2))
     assert torch.equal(kept.states, every.states[::2]) and kept.velocities.shape == (2, 20, 2)
+    assert kept.taus == pytest.approx((0.3, 0.7))
     assert torch.allclose(kept.velocities[0], (every.states[2] - every.states[0]) / 0.3, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"momentum": 1.0}, {"momentum": -0.1}, {"every": 2}, {"every": 0}])
-def test_momentum_and_the_steps_kept_are_checked(changes):
-    with pytest.raises(ValueError, match="momentum"):
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"momentum": 1.0}, "momentum=1"),
+        ({"momentum": -0.1}, "momentum"),
+        ({"every": 2}, "every=2"),
+        ({"every": 0}, "every=0"),
+    ],
+)
+def test_momentum_and_the_steps_kept_are_checked(changes, told):
+    with pytest.raises(ValueError, match=told):
         particle_flow(EnergyDistance(cloud(3, 1)), cloud(3, 0), [0.1] * 3, **changes)

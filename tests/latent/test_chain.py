@@ -162,11 +162,31 @@ def test_molecules_of_ones_own_are_moved_and_those_that_cannot_be_are_listed(fol
     rows, left = read(folder / "moved.csv"), read(folder / "moved_left_out.csv")
     assert [row["parent"] for row in rows] == [f"own{i}" for i in range(20)]
     assert [row["id"] for row in left] == ["own20", "own21"] and all(row["reason"] for row in left)
-    assert "20 molecules of" in capsys.readouterr().out
+    assert "20 molecules, median total" in capsys.readouterr().out
     assert main([*given, "--steps", "3"]) == 2
 
 
-@pytest.mark.parametrize("more, says", [(["--out", "hits.txt"], ".csv, .sdf, .png"), (["--nfe", "2,3"], "one NFE")])
+def test_leads_can_be_improved_by_a_run_whose_autoencoder_lies_elsewhere(folder, tmp_path):
+    from gengrad.latent.proposer import Latent
+
+    given = {
+        "data.autoencoder_from": folder / "run" / "autoencoder",
+        "out": tmp_path / "run",
+        "data.path": folder / "my.csv",
+    }
+    assert main(["train", CONFIG, *small(folder, **given)]) == 0
+    found = Latent(run=str(tmp_path / "run")).propose(library(3), 4, torch.Generator().manual_seed(0))
+    assert len(found) == 4 and any(p.smiles for p in found)
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--solver", "heun"], "takes no --solver"),
+        (["--out", "hits.txt"], ".csv, .sdf, .png"),
+        (["--nfe", "2,3"], "one NFE"),
+    ],
+)
 def test_a_wrong_request_for_samples_is_refused(folder, capsys, more, says):
     assert main(["sample", str(folder / "run"), *more]) == 2
     assert says in capsys.readouterr().err

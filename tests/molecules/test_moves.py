@@ -68,7 +68,7 @@ def test_what_no_chemist_wants_to_see_is_not_sound(smiles):
         assert sound(Chem.MolFromSmiles(smiles, sanitize=False), set(RINGS), 60) is None
 
 
-def test_every_proposer_gives_n_proposals_of_known_parents_and_the_same_for_the_same_generator():
+def test_both_proposers_of_molecules_give_n_proposals_of_known_parents_and_the_same_for_the_same_generator():
     for settings in ({"name": "graph"}, {"name": "screen", "library": 60, "nearest": 20}):
         proposer = PROPOSERS.build(settings)
         found = [proposer.propose(LIBRARY[:5], 12, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
@@ -79,12 +79,15 @@ def test_every_proposer_gives_n_proposals_of_known_parents_and_the_same_for_the_
 def test_screening_gives_the_nearest_molecules_of_a_file_and_nothing_for_what_is_no_molecule(tmp_path):
     (tmp_path / "shop.smi").write_text("CCCCO\nc1ccccc1\nCCCCCO\nc1ccccc1C\n")
     screen = PROPOSERS.build({"name": "screen", "path": str(tmp_path / "shop.smi"), "nearest": 2})
-    found = screen.propose(["CCCCCCO", "hello", "Cc1ccccc1"], 40, torch.Generator().manual_seed(0))
-    by_parent = [{p.smiles for p in found if p.parent == i} for i in range(3)]
-    assert by_parent == [{"CCCCO", "CCCCCO"}, {None}, {"Cc1ccccc1", "c1ccccc1"}]
+    found = screen.propose(["CCCCO", "hello", "CCc1ccccc1"], 40, torch.Generator().manual_seed(0))
+    first, *rest = ({p.smiles for p in found if p.parent == i} for i in range(3))
+    assert "CCCCCO" in first and "CCCCO" not in first  # not itself
+    assert rest == [{None}, {"Cc1ccccc1", "c1ccccc1"}]
     (tmp_path / "none.smi").write_text("hello\n")
     with pytest.raises(ValueError, match="no molecule"):
         PROPOSERS.build({"name": "screen", "path": str(tmp_path / "none.smi")}).propose(["C"], 1, torch.Generator())
+    with pytest.raises(FileNotFoundError, match="no molecule file at 'nowhere"):
+        PROPOSERS.build({"name": "screen", "path": "nowhere.smi"})
 
 
 def test_the_graph_proposer_mutates_where_there_is_but_one_parent():

@@ -57,6 +57,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="molecules for a run on molecules; .npy (n, d) for an operator",
     )
+    operators.add_argument("--column", default=None, help="the SMILES column of a table (default: a usual name)")
     operators.add_argument("--steps", type=positive, default=None, help="JKO steps that an operator makes")
     parser.add_argument(
         "--trajectory",

@@ -163,7 +163,7 @@ def sample_molecules(trained, given) -> int:
     codec, objective, surrogate, _ = chain.parts_of(trained)
     nfe = given.nfe[0] if given.nfe else trained.info["config"]["evaluate"]["nfe"][0]
     if given.source:
-        x, parents, left = of_file(codec, given.source, cpus())
+        x, parents, left = of_file(codec, given.source, given.column, cpus())
         count, x, parents = len(x), x[: given.n], parents[: given.n]
         before = population(codec, objective, surrogate, x, parents, 0, given.seed, cpus())
         told = "" if len(x) == count else f"the first {len(x)} of "

@@ -65,12 +65,14 @@ def start(flow: Flow, n: int, seed: int) -> tuple[Tensor, list[tuple[str, str]]]
     return draw(flow.source, 0, n, seed, "source"), [("", "")] * n
 
 
-def of_file(codec: Codec, path: Path, processes: int = 1) -> tuple[Tensor, list[tuple[str, str]], list[list[str]]]:
+def of_file(
+    codec: Codec, path: Path, column: str | None = None, processes: int = 1
+) -> tuple[Tensor, list[tuple[str, str]], list[list[str]]]:
     """(points, (id, SMILES) of each, [id, input, reason] of what is left out) of the molecules of a user's file.
 
     They are standardised as for training; equal ones come once. Raises ``ValueError`` where none is left.
     """
-    found = prepare(read_molecules(path).rows, processes=processes)
+    found = prepare(read_molecules(path, column).rows, processes=processes)
     rows = codec.rows(found.smiles, processes)
     left = [[row.name, row.shown, reason] for row, reason in found.rejected]
     left += [[row.name, row.shown, str(r)] for (row, *_), r in zip(found.kept, rows) if isinstance(r, ValueError)]

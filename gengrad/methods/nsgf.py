@@ -113,8 +113,10 @@ class NSGF(Method):
                 raise ValueError("functional=... is followed step by step: take pool=euler, or leave it out")
             if self.functional is None and (self.substeps > 1 or self.growth > 1 or self.momentum > 0):
                 raise ValueError("substeps, growth and momentum are of another functional=...; give one, or leave them")
-            if math.log(self.tau) + (self.flow_steps * self.substeps - 1) * math.log(self.growth) > math.log(1e12):
-                raise ValueError(f"growth={self.growth:g} takes tau beyond 1e12 within the steps: take one nearer to 1")
+            if self.functional is not None:
+                last = math.log(self.tau) + (self.flow_steps * self.substeps - 1) * math.log(self.growth)
+                if last > math.log(1e12):
+                    raise ValueError(f"growth={self.growth:g} takes tau beyond 1e12: take one nearer to 1")
             if self.functional is not None and self.stop < 1:
                 raise ValueError("stop is on the Sinkhorn flow's clock: with functional=... take fewer flow_steps")
             if self.target == "match" and (self.ot_scope == "rows" or self.target_batch not in (None, self.ot_batch)):

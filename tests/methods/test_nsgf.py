@@ -84,3 +84,8 @@ def test_what_does_not_go_with_it_is_said(clouds, small, capsys, changes, told):
     raw = config(clouds, **{key: value for key, value in changes.items() if key != "source"})
     assert main(["train", str(small("run", **(raw | {k: v for k, v in changes.items() if k == "source"})))]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_steps_that_grow_beyond_reason_are_refused():
+    with pytest.raises(ValueError, match="growth=10 takes tau beyond"):
+        NSGF(functional="energy_distance", growth=10.0, flow_steps=20)

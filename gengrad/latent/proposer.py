@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gengrad.files import sha256_of
 from gengrad.latent.codec import Codec
 from gengrad.latent.surrogate import Surrogate
 from gengrad.molecules.objective import read_objective
@@ -60,7 +61,9 @@ class Latent(Proposer):
         yield self
 
     def digest(self):
-        return self._codec.digest() + ("" if self._surrogate is None else str(self._surrogate.info.get("molecules")))
+        if self._surrogate is None:
+            return self._codec.digest()
+        return self._codec.digest() + sha256_of(Path(self.config.run) / "surrogate" / "surrogate.safetensors")
 
     def propose(self, parents, n, generator):
         c, rows = self.config, self._codec.rows(parents, 0)  # they have been scored: no need for processes to kill

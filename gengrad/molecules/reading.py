@@ -67,6 +67,8 @@ def read_molecules(path: str | Path, column: str | None = None) -> Contents:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if _form(p))[:5]
         raise ValueError(f"{path} is a folder; give one file" + (f", e.g. {path / inside[0]}" if inside else ""))
+    if not path.exists():
+        raise FileNotFoundError(f"no molecule file at {str(path)!r} (looked in {Path.cwd()})")
     form = _form(path)
     if form is None:
         raise ValueError(f"{path}: unknown ending; allowed are {', '.join(ENDINGS)}, also with {', '.join(PACKED)}")

@@ -164,6 +164,9 @@ def test_molecules_of_ones_own_are_moved_and_those_that_cannot_be_are_listed(fol
     assert [row["id"] for row in left] == ["own20", "own21"] and all(row["reason"] for row in left)
     assert "20 molecules, median total" in capsys.readouterr().out
     assert main([*given, "--steps", "3"]) == 2
+    capsys.readouterr()
+    assert main(["sample", str(folder / "run"), "--source", "nowhere.smi"]) == 2
+    assert "no molecule file at 'nowhere.smi'" in capsys.readouterr().err
 
 
 def test_leads_can_be_improved_by_a_run_whose_autoencoder_lies_elsewhere(folder, tmp_path):

@@ -192,3 +192,9 @@ def test_a_count_has_a_bin_for_each_number_and_a_far_outlier_does_not_flatten_th
 def test_the_same_figure_is_the_same_svg_without_an_address_to_fetch():
     texts = [plotting.svg(plotting.curves([0, 1], {"a": [0, 1]}, "x", "y")) for _ in range(2)]
     assert texts[0] == texts[1] and b"<svg" in texts[0] and b'href="http' not in texts[0]
+
+
+def test_the_loss_of_a_short_stage_is_no_flat_line():
+    rows = [{"stage": "nsgf", "step": 50 * k, "loss": 1 / k} for k in range(1, 13)]
+    strong = plotting.loss_curve(rows).axes[0].lines[1].get_ydata()
+    assert strong[0] > 2 * strong[-1]

@@ -20,7 +20,8 @@ def loss_curve(rows: Sequence[Mapping], key: str = "loss", smooth: int = 25, ove
     """The loss over the steps, from the rows of ``metrics.jsonl``; a colour for each stage, later stages further right.
 
     ``overlay``: all from the first step on, for comparison.
-    Thin: as logged; strong: the running median of ``smooth`` rows. Logarithmic where all values are above zero.
+    Thin: as logged; strong: the running median of ``smooth`` rows, or of an eighth of a stage's where these are fewer:
+    over nearly all of a short stage it would be a flat line. Logarithmic where all values are above zero.
     Raises ``ValueError`` where no row has a finite ``key`` and a ``step``.
     """
     stages: dict[str, list[tuple[float, float]]] = {}
@@ -34,7 +35,8 @@ def loss_curve(rows: Sequence[Mapping], key: str = "loss", smooth: int = 25, ove
     for colour, (stage, pairs) in zip(CURVES * len(stages), stages.items()):
         step, value = np.array(pairs).T
         axes.plot(step + offset, value, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(step + offset, running_median(value, smooth), color=colour, linewidth=1.8, label=stage)
+        width = min(smooth, max(1, len(value) // 8))
+        axes.plot(step + offset, running_median(value, width), color=colour, linewidth=1.8, label=stage)
         offset += 0 if overlay else step[-1]
     curve_panel(axes, "step", key)
     if all(value > 0 for pairs in stages.values() for _, value in pairs):

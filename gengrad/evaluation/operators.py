@@ -12,6 +12,7 @@ from torch import Tensor
 from gengrad.data.base import Distribution
 from gengrad.data.draws import draw, generator_for
 from gengrad.data.families import Members, points_of_the_cube
+from gengrad.data.gaussians import Gaussian
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
 from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import matched
@@ -130,9 +131,9 @@ def judge_held_out(
 ) -> dict:
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
-    ``fell``: the share of them whose energy fell in every step; where implicit steps are solved on the line, ``gap``
-    and ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest
-    of all; ``_along``: the mean after each step.
+    ``fell``: the share of them whose energy fell in every step; where implicit steps are known, on the line and for
+    Gaussians (``referenced`` of the rollouts), ``gap`` and ``share`` of ``judge_rollout``, the largest of each rollout,
+    their mean and (``worst_``) the largest of all; ``_along``: the mean after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
     fell, gaps, shares = [], [], []  # gaps and shares: lists along the steps
@@ -143,17 +144,21 @@ def judge_held_out(
         x = members.push(points_of_the_cube(1, n, d + members.spare, generator, even))
         log_rho = members.log_density(x)[0]
         reference = None
-        if d == 1 and settings["name"] != "annuli":  # whose density has a gap
-            with suppress(ValueError):
-                law = partial(_of_one, members)
-                reference = on_the_line(transport, law, x[0], log_rho)
+        with suppress(ValueError):  # none is known
+            if d == 1 and settings["name"] != "annuli":  # whose density has a gap
+                reference = on_the_line(transport, partial(_of_one, members), x[0], log_rho)
+            elif settings["name"] == "gaussians":
+                mean, factor = members.means[0, 0], members.factors[0, 0]
+                law = Gaussian(mean=mean.tolist(), covariance=(factor @ factor.mT).tolist())
+                reference = reference_of(transport, law, x[0], log_rho)
+            if reference is not None:
                 reference(1)
         rows = judge_rollout(transport, x[0], log_rho, steps, reference)
         fell.append(not any(row["rose"] for row in rows))
         if "gap" in rows[0]:
             gaps.append([abs(row["gap"]) for row in rows])
             shares.append([row["share"] for row in rows])
-    found = {"rollouts": count, "steps": steps, "fell": sum(fell) / count}
+    found = {"rollouts": count, "referenced": len(gaps), "steps": steps, "fell": sum(fell) / count}
     for name, values in (("gap", gaps), ("share", shares)):
         if values:
             largest = [max(value) for value in values]

@@ -13,6 +13,7 @@ from gengrad.networks.mlp import perceptron
 from gengrad.registry import NETWORKS, Configured, Settings
 
 LARGEST_JACOBIAN = 3  # dimensions up to which log det DT is written out
+RARE = 3e-4  # of the kernel's peak: a density below which the particles around a point say nothing of it
 FOLD = 0.05  # det DT below which log det is continued by its tangent, down through zero
 
 
@@ -21,12 +22,14 @@ class Context:
     """What a map knows of a measure; leading dimensions (...) are those of the clouds, none or (sets,).
 
     ``mean`` (..., 1, d), ``scale`` (..., 1, 1): of the cloud; ``known`` (..., 1, f): its moments and, where asked for,
-    log tau; ``keys``, ``values`` (..., heads, tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d).
+    log tau; ``away`` (..., N, d): the particles, shifted and scaled by these; ``keys``, ``values`` (..., heads,
+    tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d).
     """
 
     mean: Tensor
     scale: Tensor
     known: Tensor
+    away: Tensor
     keys: Tensor
     values: Tensor
     linear: Tensor
@@ -92,6 +95,68 @@ def dual(layers: nn.Sequential, h: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return h, v
 
 
+class KernelMoments(torch.autograd.Function):
+    """E[k_h(s - x) f_j(s)] (..., n, columns) over the particles s (..., N, d), k_h(z) = exp(-|z|^2 / (2 h^2)), at x.
+
+    The columns f_j are the products of coordinates of s up to ``degree``: 1, s, s s', ... Those of one degree more are the
+    derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so that no kernel matrix is kept; x has a gradient, once.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, particles: Tensor, h: float, degree: int) -> Tensor:
+        if ctx.needs_input_grad[1]:
+            raise ValueError("kernels have a gradient of the points alone, none of the particles: detach these")
+        columns = [torch.ones_like(particles[..., :1])]
+        for _ in range(degree + ctx.needs_input_grad[0]):
+            columns.append(_outer(columns[-1], particles).flatten(-2))
+        found = _kernel(x, particles, h) @ (torch.cat(columns, -1) / particles.shape[-2])
+        count = sum(x.shape[-1] ** power for power in range(degree + 1))
+        ctx.h = h
+        ctx.save_for_backward(x, found[..., 1:], found[..., :count])
+        return found[..., :count].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, given: Tensor) -> tuple:
+        x, higher, found = ctx.saved_tensors
+        slope = higher.unflatten(-1, (-1, x.shape[-1])) - _outer(found, x)
+        return (given[..., None, :] @ slope)[..., 0, :] / ctx.h**2, None, None, None
+
+
+def _kernel(x: Tensor, particles: Tensor, h: float) -> Tensor:
+    squared = x.square().sum(-1, keepdim=True) + particles.square().sum(-1)[..., None, :] - 2 * x @ particles.mT
+    return (squared * (-0.5 / h**2)).clamp_(-60, 0).exp_()  # above the floats that a CPU is slow with
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., :, None] * b[..., None, :]
+
+
+@torch.autocast("cpu", enabled=False)  # squared distances of bfloat16 points would be noise
+@torch.autocast("cuda", enabled=False)
+def smoothed(x: Tensor, particles: Tensor, kernels: int, along: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """l = log(rho_h + RARE) and h grad l at x (..., n, d) for h = 1, 1/2, 1/4 ... : the density around each point.
+
+    rho_h(x) = E k_h(x_i - x) over the particles (..., N, d), a Gaussian kernel estimate without its constant. RARE keeps l
+    and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns (..., n,
+    kernels (d + 1)) and, with directions ``along`` (k, ..., 1, d), the derivatives (k, ..., n, kernels (d + 1)).
+
+    With s = x_i - x, a = E[k s], S = E[k s s']: grad l = a / (h^2 (rho + RARE)) and h^2 Da = S - h^2 rho.
+    """
+    d, values, slopes = x.shape[-1], [], []
+    for h in (0.5**level for level in range(kernels)):
+        found = KernelMoments.apply(x, particles, h, 1 if along is None else 2)
+        rho, first = found[..., :1], found[..., 1 : d + 1]
+        a, total = first - rho * x, h * (rho + RARE)
+        values += [(rho + RARE).log(), a / total]
+        if along is not None:
+            second = found[..., d + 1 :].unflatten(-1, (d, d)) - _outer(first, x) - _outer(x, first) + _outer(rho * x, x)
+            rise = (values[-1] * along).sum(-1, keepdim=True) / h
+            turn = (second @ along[..., None])[..., 0] / h**2 - rho * along
+            slopes += [rise, turn / total - rise * values[-1]]
+    return torch.cat(values, -1), None if along is None else torch.cat(slopes, -1)
+
+
 @NETWORKS.register("set_operator")
 class SetOperator(nn.Module, Configured):
     """T(x; mu) = x + tau g(x, context(mu)), with g = 0 at the start: x (..., n, d), mu a cloud (..., N, d) of any N.
@@ -99,8 +164,10 @@ class SetOperator(nn.Module, Configured):
     Context: a perceptron of each particle and the cloud's mean and covariance; ``blocks`` of induced set attention
     (``tokens`` learned queries gather from the particles, which then ask the tokens; Set Transformer, arXiv
     1810.00825); a last gathering. g: an affine map with coefficients from the tokens, plus a perceptron of what the
-    point finds by attention to them. Equivariant under permutations of the cloud, unchanged when all of it comes
-    twice; x need not be in the cloud. ``on_tau``: the context takes log tau too, so that one network serves many tau.
+    point finds by attention to them and of the density around it, ``smoothed`` by ``kernels`` widths: what a step of an
+    internal energy depends on most, and what a few tokens do not hold. Equivariant under permutations of the cloud,
+    unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context takes log tau too, so that
+    one network serves many tau.
     """
 
     learns = "operator"
@@ -112,6 +179,7 @@ class SetOperator(nn.Module, Configured):
         tokens: int = Field(16, ge=1)
         blocks: int = Field(2, ge=1)
         on_tau: bool = False
+        kernels: int = Field(4, ge=0, le=8)  # widths at which a point sees the density around it: scale, scale / 2, ...
 
         @model_validator(mode="after")
         def _divides(self):
@@ -132,7 +200,7 @@ class SetOperator(nn.Module, Configured):
         self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
         self.scatter = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks))
         self.affine = nn.Linear(c.width, d * (d + 1))
-        self.point = perceptron(2 * d + known, c.width, 1, c.width, "silu")
+        self.point = perceptron(2 * d + known + c.kernels * (d + 1), c.width, 1, c.width, "silu")
         self.ask = Attention(c.width, c.heads)
         self.head = perceptron(c.width, c.width, c.depth, d, "silu")
         with torch.no_grad():
@@ -158,7 +226,7 @@ class SetOperator(nn.Module, Configured):
                 h = self.scatter[level](h, *self.scatter[level].seen(tokens))
         affine = self.affine(tokens.mean(-2)).unflatten(-1, (self.d, self.d + 1))
         return Context(
-            mean, scale, known, *self.ask.seen(tokens), affine[..., : self.d], affine[..., None, :, self.d], tau
+            mean, scale, known, away, *self.ask.seen(tokens), affine[..., : self.d], affine[..., None, :, self.d], tau
         )
 
     def forward(
@@ -175,7 +243,8 @@ class SetOperator(nn.Module, Configured):
     def _moved(self, x: Tensor, context: Context) -> Tensor:
         c = context
         away = (x - c.mean) / c.scale
-        h = self.ask(self.point(_beside(x, away, c.known)), c.keys, c.values)
+        local = [smoothed(away, c.away, self.config.kernels)[0]] if self.config.kernels else []
+        h = self.ask(self.point(_beside(x, away, c.known, *local)), c.keys, c.values)
         return x + c.tau * (away @ c.linear.mT + c.shift + self.head(h))
 
     def _jacobian(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -184,8 +253,13 @@ class SetOperator(nn.Module, Configured):
         c, d = context, self.d
         away = (x - c.mean) / c.scale
         along = torch.eye(d, dtype=x.dtype, device=x.device).view(d, *[1] * (x.dim() - 1), d)  # of x, of away
-        weight = self.point[0].weight
-        h, v = self.point[0](_beside(x, away, c.known)), along @ (weight[:, :d] + weight[:, d : 2 * d] / c.scale).mT
+        weight, entries = self.point[0].weight, [x, away, c.known]
+        v = along @ (weight[:, :d] + weight[:, d : 2 * d] / c.scale).mT
+        if self.config.kernels:
+            local, slope = smoothed(away, c.away, self.config.kernels, along / c.scale)
+            entries.append(local)
+            v = v + slope @ weight[:, -local.shape[-1] :].mT
+        h = self.point[0](_beside(*entries))
         h, v = dual(self.point[1:], h, v.expand(d, *h.shape))
         h, v = dual(self.head, *self.ask.dual(h, v, c.keys, c.values))
         moved = x + c.tau * (away @ c.linear.mT + c.shift + h)
@@ -193,8 +267,8 @@ class SetOperator(nn.Module, Configured):
         return moved, columns.movedim(0, -1)
 
 
-def _beside(x: Tensor, away: Tensor, known: Tensor) -> Tensor:
-    return torch.cat([x, away, known.expand(*x.shape[:-1], -1)], -1)
+def _beside(x: Tensor, away: Tensor, known: Tensor, *local: Tensor) -> Tensor:
+    return torch.cat([x, away, known.expand(*x.shape[:-1], -1), *local], -1)
 
 
 def determinant(jacobian: Tensor) -> Tensor:

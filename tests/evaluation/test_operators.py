@@ -93,6 +93,15 @@ def test_held_out_measures_are_judged_against_the_solver_on_the_line():
     assert found["share_along"] == [pytest.approx(found["share"])]
 
 
+def test_held_out_gaussians_of_the_plane_are_judged_against_their_closed_form():
+    """The heat step of N(0, I) is x -> s x; an operator that makes it exactly has no gap, and none is told of mixtures."""
+    flow = Flow(Gaussian(mean=[0.0, 0.0]), [heat(d=2).float()])
+    round_one = {"reach": 0.0, "smallest": 1.0, "largest": 1.0}
+    families = read_families([{"name": "gaussians", **round_one}, {"name": "mixtures", **round_one}])
+    found = judge_held_out(flow, families, 1, count=2, n=1024, seed=0)
+    assert found["referenced"] == 1 and found["worst_share"] < 0.02 and found["worst_gap"] < 0.02
+
+
 def test_evaluate_writes_the_table_the_energies_and_the_film(tmp_path, capsys):
     raw = {
         "source": {"name": "gaussian", "mean": [0.0]},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gengrad.networks.set_operator import SetOperator, determinant, log_without_folds
+from gengrad.networks.set_operator import RARE, KernelMoments, SetOperator, determinant, log_without_folds, smoothed
 from gengrad.registry import NETWORKS, settings_of
 
 SMALL = {"width": 16, "tokens": 4, "heads": 2}
@@ -64,15 +64,57 @@ def test_a_batch_of_clouds_is_each_cloud_by_itself():
         assert torch.allclose(together[k], torch.stack([pair[k] for pair in alone]), atol=1e-12)
 
 
+@pytest.mark.parametrize("kernels", [0, 3])
 @pytest.mark.parametrize("d", [1, 2, 3])
-def test_the_forward_mode_jacobian_is_autograds(d):
-    network, x, y = operator(d), cloud(30, d), cloud(5, d, seed=2)
+def test_the_forward_mode_jacobian_is_autograds(d, kernels):
+    network, x, y = operator(d, kernels=kernels), cloud(30, d), cloud(5, d, seed=2)
     context = network.context(x, 0.2)
     moved, jacobian = network(y, context, jacobian=True)
     truth = torch.stack([torch.autograd.functional.jacobian(lambda z: network(z[None], context)[0], z) for z in y])
     assert torch.allclose(moved, network(y, context), atol=1e-14)
     assert torch.allclose(jacobian, truth, atol=1e-12)
     assert torch.allclose(determinant(jacobian), torch.linalg.det(truth), atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_the_kernel_estimate_and_its_slope_are_what_the_formula_says(d):
+    x, particles, along = cloud(6, d), cloud(25, d, seed=2), torch.eye(d, dtype=torch.float64)[:, None]
+    found, change = smoothed(x, particles, 3, along)
+    for level, h in enumerate((1.0, 0.5, 0.25)):
+
+        def log_density(z, h=h):
+            rho = (-(z - particles).square().sum(-1) / (2 * h * h)).exp().mean()
+            return (rho + RARE).log()
+
+        for point, values, slopes in zip(x, found, change.movedim(0, -1)):
+            mine = slice(level * (d + 1), (level + 1) * (d + 1))
+            slope = torch.autograd.functional.jacobian(log_density, point)
+            truth = torch.cat([log_density(point)[None], h * slope])
+            assert torch.allclose(values[mine], truth, atol=1e-10)
+            bend = h * torch.autograd.functional.hessian(log_density, point)
+            assert torch.allclose(slopes[mine], torch.cat([slope[None], bend]), atol=1e-9)
+
+
+def test_kernel_moments_have_the_gradient_of_the_points():
+    particles = cloud(2, 12, 2, seed=2)
+    x = cloud(2, 5, 2).requires_grad_()
+    for degree in (0, 1, 2):
+        assert torch.autograd.gradcheck(lambda z, k=degree: KernelMoments.apply(z, particles, 0.7, k), x)
+
+
+def test_a_gradient_of_the_particles_is_refused_where_they_are_seen_through_kernels():
+    network, x = operator(kernels=2), cloud(10, 2).requires_grad_()
+    with pytest.raises(ValueError, match="particles"):
+        network(x.detach(), x, 0.1)
+
+
+def test_kernels_see_what_moments_do_not_and_neither_order_nor_repetition():
+    network, x = operator(kernels=3), cloud(50, 2)
+    order, context = torch.randperm(50), network.context(x, 0.1)
+    assert torch.allclose(network(x, context)[order], network(x[order], network.context(x[order], 0.1)), atol=1e-12)
+    assert torch.allclose(network(x, network.context(torch.cat([x, x]), 0.1)), network(x, context), atol=1e-12)
+    far = network(torch.full((1, 2), 1e4, dtype=torch.float64), context)
+    assert far.isfinite().all()  # where every kernel is zero
 
 
 def test_the_jacobian_can_be_descended():

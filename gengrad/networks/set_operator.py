@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -98,12 +99,12 @@ def dual(layers: nn.Sequential, h: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class KernelMoments(torch.autograd.Function):
     """E[k_h(s - x) f_j(s)] (..., n, columns) over the particles s (..., N, d), k_h(z) = exp(-|z|^2 / (2 h^2)), at x.
 
-    The columns f_j are the products of coordinates of s up to ``degree``: 1, s, s s', ... Those of one degree more are the
-    derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so that no kernel matrix is kept; x has a gradient, once.
+    The columns f_j are the products of coordinates of s up to ``degree``: 1, s, s s', ... Those of one degree more are
+    the derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so that no kernel matrix is kept; x has a gradient, once.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, particles: Tensor, h: float, degree: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, particles: Tensor, h: float, degree: int) -> Tensor:
         if ctx.needs_input_grad[1]:
             raise ValueError("kernels have a gradient of the points alone, none of the particles: detach these")
         columns = [torch.ones_like(particles[..., :1])]
@@ -117,7 +118,7 @@ class KernelMoments(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, given: Tensor) -> tuple:
+    def backward(ctx: Any, given: Tensor) -> tuple:
         x, higher, found = ctx.saved_tensors
         slope = higher.unflatten(-1, (-1, x.shape[-1])) - _outer(found, x)
         return (given[..., None, :] @ slope)[..., 0, :] / ctx.h**2, None, None, None
@@ -137,8 +138,8 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 def smoothed(x: Tensor, particles: Tensor, kernels: int, along: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """l = log(rho_h + RARE) and h grad l at x (..., n, d) for h = 1, 1/2, 1/4 ... : the density around each point.
 
-    rho_h(x) = E k_h(x_i - x) over the particles (..., N, d), a Gaussian kernel estimate without its constant. RARE keeps l
-    and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns (..., n,
+    rho_h(x) = E k_h(x_i - x) over the particles (..., N, d), a Gaussian kernel estimate without its constant. RARE keeps
+    l and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns (..., n,
     kernels (d + 1)) and, with directions ``along`` (k, ..., 1, d), the derivatives (k, ..., n, kernels (d + 1)).
 
     With s = x_i - x, a = E[k s], S = E[k s s']: grad l = a / (h^2 (rho + RARE)) and h^2 Da = S - h^2 rho.
@@ -150,7 +151,7 @@ def smoothed(x: Tensor, particles: Tensor, kernels: int, along: Tensor | None = 
         a, total = first - rho * x, h * (rho + RARE)
         values += [(rho + RARE).log(), a / total]
         if along is not None:
-            second = found[..., d + 1 :].unflatten(-1, (d, d)) - _outer(first, x) - _outer(x, first) + _outer(rho * x, x)
+            second = found[..., d + 1 :].unflatten(-1, (d, d)) - _outer(first, x) - _outer(x, a)
             rise = (values[-1] * along).sum(-1, keepdim=True) / h
             turn = (second @ along[..., None])[..., 0] / h**2 - rho * along
             slopes += [rise, turn / total - rise * values[-1]]

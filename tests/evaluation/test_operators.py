@@ -94,7 +94,7 @@ def test_held_out_measures_are_judged_against_the_solver_on_the_line():
 
 
 def test_held_out_gaussians_of_the_plane_are_judged_against_their_closed_form():
-    """The heat step of N(0, I) is x -> s x; an operator that makes it exactly has no gap, and none is told of mixtures."""
+    """The heat step of N(0, I) is x -> s x; an operator that makes it exactly has no gap; of mixtures none is known."""
     flow = Flow(Gaussian(mean=[0.0, 0.0]), [heat(d=2).float()])
     round_one = {"reach": 0.0, "smallest": 1.0, "largest": 1.0}
     families = read_families([{"name": "gaussians", **round_one}, {"name": "mixtures", **round_one}])

@@ -138,7 +138,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 def smoothed(x: Tensor, particles: Tensor, kernels: int, along: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """l = log(rho_h + RARE) and h grad l at x (..., n, d) for h = 1, 1/2, 1/4 ... : the density around each point.
 
-    rho_h(x) = E k_h(x_i - x) over the particles (..., N, d), a Gaussian kernel estimate without its constant. RARE keeps
+    rho_h(x) = E k_h(x_i - x) over the particles (..., N, d), a Gaussian kernel estimate without constant. RARE keeps
     l and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns (..., n,
     kernels (d + 1)) and, with directions ``along`` (k, ..., 1, d), the derivatives (k, ..., n, kernels (d + 1)).
 

@@ -20,6 +20,8 @@ the same n, data and processes are not measured again.
 from __future__ import annotations
 
 import argparse
+import csv
+import importlib.util
 import json
 import os
 import platform
@@ -134,8 +136,6 @@ STAGES = ("molecules", "latents", "surrogate")  # of a run, which another one on
 
 def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Path) -> dict:
     """Median QED, uniqueness, diversity and the rest along a flow, "CONFIG key=value ..."."""
-    import csv
-
     from gengrad import chain
     from gengrad.config import load_config
 
@@ -148,8 +148,10 @@ def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Pat
         if (stages / stage).is_dir() and not (folder / stage).exists():
             shutil.copytree(stages / stage, folder / stage)
     cpu = cpu_seconds()
-    place = [f"data.path={file}", f"data.autoencoder_from={autoencoder}", f"out={folder}", "evaluate.n=1000"]
-    outcome = chain.train(load_config(config, [*overrides, *place, f"seed={seed}", f"evaluate.seed={seed}"]))
+    place = [f"data.path={file}", f"data.autoencoder_from={autoencoder}", f"out={folder}"]
+    seeds = [f"seed={seed}", f"evaluate.seed={seed}"]
+    settings = load_config(config, ["evaluate.n=1000", *overrides, *place, *seeds])
+    outcome = chain.train(settings)
     if not outcome.finished:
         raise SystemExit(128 + outcome.signal)
     cpu = cpu_seconds() - cpu
@@ -164,7 +166,29 @@ def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Pat
         "before": rows[0],
         "after": rows[-1],
         "steps": rows,
+        **judged(folder, settings.source["at_most"], seed),
     }
+
+
+def judged(folder: Path, bound: float, seed: int) -> dict:
+    """Median SA score before and after, and, where fcd_torch is there and the molecules are enough, the FCD of what
+
+    the flow left to the molecules that it may start from, with its floor.
+    """
+    from gengrad.latent.data import Cloud
+    from gengrad.molecules.evaluating import read_population
+    from gengrad.molecules.fcd import LEAST, frechet_chemnet
+
+    smiles = {name: read_population(folder / f"population_{name}.csv").smiles for name in ("before", "after")}
+    objective = read_objective({"components": [OBJECTIVE["components"][1]]})
+    found = {f"median_sa_{name}": float(score(objective, texts, os.cpu_count() or 1).properties[:, 0].nanmedian())
+             for name, texts in smiles.items()}  # fmt: skip
+    cloud = Cloud.load(folder / "latents")
+    start = [text for text, total in zip(cloud.smiles, cloud.total.tolist()) if total <= bound]
+    if importlib.util.find_spec("fcd_torch") and min(len(start), len(smiles["after"])) >= LEAST:
+        distance = frechet_chemnet(smiles["after"], start, seed)
+        found |= {name: distance[name] for name in ("fcd", "floor", "n", "reference_n", "floor_n")}
+    return found
 
 
 def clean(given) -> list[str]:
@@ -195,14 +219,15 @@ def learned(given, report: dict, name: str, smiles: list[str]) -> None:
     parts = given.parts.split(",")
     if "flow" not in parts:
         return
-    print(f"| flow | {' | '.join(KEPT)} |", "| --- " * (len(KEPT) + 1) + "|", sep="\n")
+    print(f"| flow | {' | '.join(KEPT)} | FCD |", "| --- " * (len(KEPT) + 2) + "|", sep="\n")
     for flow in given.flows.split(","):
         for seed in map(int, given.flow_seeds.split(",")):
             folder = given.runs / f"{flow.replace(' ', '_')}_{seed}_{autoencoder.name}"
             key = f"{flow}/{trained}/{seed}"
             found = cell(f"flow/{key}", lambda f=flow, s=seed, to=folder: move(f, s, smiles, autoencoder, to))
             pairs = (f"{found['before'][name]:.3f} -> {found['after'][name]:.3f}" for name in KEPT)
-            print(f"| {flow}, seed {seed} | {' | '.join(pairs)} |", flush=True)
+            fcd = f"{found['fcd']:.2f} (floor {found['floor']:.2f})" if "fcd" in found else ""
+            print(f"| {flow}, seed {seed} | {' | '.join(pairs)} | {fcd} |", flush=True)
             ways = [row["moved"] for row in found["steps"][1:]]
             for kind in KINDS if "walks" in parts else ():
                 walked = cell(f"walk/{kind}/{key}", lambda k=kind, s=seed, to=folder, w=ways: walk(to, k, w, 1000, s))

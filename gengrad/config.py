@@ -118,15 +118,17 @@ def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
     parts = key.strip().split(".")
     if not sign or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form key=value, e.g. train.lr=1e-3")
-    place = raw
+    place: dict | list = raw
     for depth, part in enumerate(parts[:-1]):
-        if place.get(part) is None:
+        part = _place(place, part, override)
+        if isinstance(place, dict) and place.get(part) is None:
             place[part] = {}
-        elif depth == 0 and part in NAMED and isinstance(place[part], str):
+        elif isinstance(place[part], str) and (isinstance(place, list) or (depth == 0 and part in NAMED)):
             place[part] = {"name": place[part]}
         place = place[part]
-        if not isinstance(place, dict):
+        if not isinstance(place, dict | list):
             raise ConfigError(f"override {override!r}: {part!r} is a value, it has no keys below it")
+    last = _place(place, parts[-1], override)
     try:
         parsed = yaml.load(value, Loader=Loader) if value else None
     except yaml.YAMLError:
@@ -135,10 +137,19 @@ def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
         ) from None
     if key.strip() in ("out", "init_from"):
         parsed = None if parsed is None else value  # a path stays as it was typed, also when it looks like a number
-    if parts[-1] == "name" and isinstance(place.get("name"), str) and place["name"] != parsed:
+    if last == "name" and isinstance(place.get("name"), str) and place["name"] != parsed:
         place.clear()  # another class: the old one's settings do not belong to it
-    place[parts[-1]] = parsed
+    place[last] = parsed
     origins[key.strip()] = "the command line"
+
+
+def _place(holder: dict | list, part: str, override: str) -> str | int:
+    """A key of a mapping as it is; of a list the number of an entry that is there, 0 the first."""
+    if isinstance(holder, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(holder):
+        raise ConfigError(f"override {override!r}: {part!r} is none of the entries 0 to {len(holder) - 1} of a list")
+    return int(part)
 
 
 def read_config(raw: dict, where: str = "the config", origins: dict[str, str] | None = None) -> RunConfig:

@@ -70,6 +70,18 @@ def test_another_name_on_the_command_line_drops_the_old_settings(tmp_path):
     assert "ot_batch" not in config.method
 
 
+def test_an_override_reaches_an_entry_of_a_list_by_its_number(tmp_path):
+    path = tmp_path / "c.yaml"
+    terms = [{"name": "potential", "potential": "quadratic"}, "entropy"]
+    path.write_text(yaml.safe_dump({**MINIMAL, "method": {"name": "particles", "functional": terms}}))
+    words = ["method.functional.0.weight=3", "method.functional.1.weight=0.5", "method.tau=0.01"]
+    first, second = load_config(path, words).method["functional"]
+    assert (first["weight"], second) == (3, {"name": "entropy", "weight": 0.5})
+    for wrong in ("method.functional.2.weight=1", "method.functional.entropy.weight=1", "method.functional.-1=entropy"):
+        with pytest.raises(ConfigError, match="none of the entries 0 to 1 of a list"):
+            load_config(path, [wrong])
+
+
 def test_the_order_of_overrides_does_not_matter(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({**MINIMAL, "data": "moons"}))

@@ -100,7 +100,7 @@ class KernelMoments(torch.autograd.Function):
     """E[k_h(s - x) f_j(s)] (..., n, columns) over the particles s (..., N, d), k_h(z) = exp(-|z|^2 / (2 h^2)), at x.
 
     The columns f_j are the products of coordinates of s up to ``degree``: 1, s, s s', ... Those of one degree more are
-    the derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so that no kernel matrix is kept; x has a gradient, once.
+    the derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so no kernel matrix is kept; x has a gradient, once.
     """
 
     @staticmethod

@@ -59,7 +59,13 @@ FLOWS: dict[str, dict] = {
         "train": {"steps": 6000, "batch_size": 256, "lr": 2e-3, "checkpoint_every": 1000},
         "evaluate": {"nfe": [10], "n": 1000},
     },
+    "entropic_map": {
+        "network": {"name": "mlp"},
+        "method": {"name": "entropic_map", "epsilon_rel": 0.01, "stop": 0.6},
+        "evaluate": {"nfe": [10], "n": 1000},
+    },
 }
+TOWARDS = ("nsgf", "entropic_map")  # of them, those that go to molecules that are there
 
 
 def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -> Outcome:
@@ -114,15 +120,15 @@ def flow_config(method: str, data: dict, out: str, at_most: float | None = None,
     """The config, as plain data, of a run that moves molecules by a method of ``FLOWS``; ``data``: of ``latents``.
 
     Molecules with a true total of ``at_most`` so much start. ``jko_icnn`` descends the potential and keeps near them;
-    ``nsgf`` goes to those with ``at_least`` so much, and refuses to go nowhere.
+    ``nsgf`` and ``entropic_map`` go to those with ``at_least`` so much, and refuse to go nowhere.
     """
-    if (method == "nsgf") == (at_least is None):
+    if (method in TOWARDS) == (at_least is None):
         raise ValueError(
-            "nsgf moves toward the molecules that meet the target: say what meeting it is, e.g. --at-least 0.9"
-            if method == "nsgf"
+            f"{method} moves toward the molecules that meet the target: say what meeting it is, e.g. --at-least 0.9"
+            if method in TOWARDS
             else f"at_least={at_least:g} chooses the molecules that nsgf goes to; {method} descends the potential"
         )
-    target = {"at_least": at_least} if method == "nsgf" else {"at_most": at_most}
+    target = {"at_least": at_least} if method in TOWARDS else {"at_most": at_most}
     raw = {"out": out, "data": {"name": Latents.name, **data, **target}}
     raw["source"] = {"name": Latents.name, "at_most": at_most}
     return {**raw, **{key: dict(value) for key, value in FLOWS[method].items()}}

@@ -19,7 +19,8 @@ def check_fit(
 ) -> None:
     """Refuses what the schema cannot see: sizes against the data, the number of processes, the memory."""
     problems, world = method.objections(source, target), accelerator.num_processes
-    for key, (size, shared) in {"train.batch_size": (config.train.batch_size, True), **method.batches()}.items():
+    batches = {} if method.learns == "nothing" else {"train.batch_size": (config.train.batch_size, True)}
+    for key, (size, shared) in {**batches, **method.batches()}.items():
         if len(target) and size > len(target):
             problems.append(f"{key}={size} is larger than the data, which have {len(target)} training points")
         if shared and size % world:

@@ -40,9 +40,9 @@ def add_latent(commands, positive) -> None:
     )
     _add_file(move)
     _add_parts(move, required=False)
-    move.add_argument("--method", choices=("jko_icnn", "nsgf"), default="jko_icnn")
+    move.add_argument("--method", choices=("jko_icnn", "nsgf", "entropic_map"), default="jko_icnn")
     move.add_argument("--at-most", type=float, default=None, metavar="X", help="only molecules of such a total start")
-    move.add_argument("--at-least", type=float, default=None, metavar="X", help="nsgf: go to molecules of such a total")
+    move.add_argument("--at-least", type=float, default=None, metavar="X", help="not jko_icnn: go to such a total")
     move.add_argument(
         "--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="as of train.py, e.g. method.tau=2"
     )
@@ -118,7 +118,7 @@ def train_surrogate(given) -> int:
 
 
 def flow(given) -> int:
-    """``gengrad molecules flow FILE --objective FILE.yaml --out RUN [--autoencoder FOLDER] [--method nsgf]``"""
+    """``gengrad molecules flow FILE --objective FILE.yaml --out RUN [--autoencoder FOLDER] [--method entropic_map]``"""
     import shlex
 
     import yaml

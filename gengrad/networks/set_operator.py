@@ -24,7 +24,7 @@ class Context:
 
     ``mean`` (..., 1, d), ``scale`` (..., 1, 1): of the cloud; ``known`` (..., 1, f): its moments and, where asked for,
     log tau; ``away`` (..., N, d): the particles, shifted and scaled by these; ``keys``, ``values`` (..., heads,
-    tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d).
+    tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d), ``ascent`` (..., 1, kernels): coefficients.
     """
 
     mean: Tensor
@@ -35,6 +35,7 @@ class Context:
     values: Tensor
     linear: Tensor
     shift: Tensor
+    ascent: Tensor
     tau: float
 
 
@@ -104,7 +105,7 @@ class KernelMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, particles: Tensor, h: float, degree: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, particles: Tensor, h: Tensor, degree: int) -> Tensor:
         if ctx.needs_input_grad[1]:
             raise ValueError("kernels have a gradient of the points alone, none of the particles: detach these")
         columns = [torch.ones_like(particles[..., :1])]
@@ -112,19 +113,18 @@ class KernelMoments(torch.autograd.Function):
             columns.append(_outer(columns[-1], particles).flatten(-2))
         found = _kernel(x, particles, h) @ (torch.cat(columns, -1) / particles.shape[-2])
         count = sum(x.shape[-1] ** power for power in range(degree + 1))
-        ctx.h = h
-        ctx.save_for_backward(x, found[..., 1:], found[..., :count])
+        ctx.save_for_backward(x, found[..., 1:], found[..., :count], h)
         return found[..., :count].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, given: Tensor) -> tuple:
-        x, higher, found = ctx.saved_tensors
+        x, higher, found, h = ctx.saved_tensors
         slope = higher.unflatten(-1, (-1, x.shape[-1])) - _outer(found, x)
-        return (given[..., None, :] @ slope)[..., 0, :] / ctx.h**2, None, None, None
+        return (given[..., None, :] @ slope)[..., 0, :] / h**2, None, None, None
 
 
-def _kernel(x: Tensor, particles: Tensor, h: float) -> Tensor:
+def _kernel(x: Tensor, particles: Tensor, h: Tensor) -> Tensor:
     squared = x.square().sum(-1, keepdim=True) + particles.square().sum(-1)[..., None, :] - 2 * x @ particles.mT
     return (squared * (-0.5 / h**2)).clamp_(-60, 0).exp_()  # above the floats that a CPU is slow with
 
@@ -135,27 +135,31 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.autocast("cpu", enabled=False)  # squared distances of bfloat16 points would be noise
 @torch.autocast("cuda", enabled=False)
-def smoothed(x: Tensor, particles: Tensor, kernels: int, along: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """l = log(rho_h + RARE) and h grad l at x (..., n, d) for h = 1, 1/2, 1/4 ... : the density around each point.
+def smoothed(
+    x: Tensor, particles: Tensor, widths: list[Tensor], along: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """l = log(rho_h + RARE) and h grad l at x (..., n, d) for each width h (..., 1, 1): the density around each point.
 
     rho_h(x) = E k_h(x_i - x) over the particles (..., N, d), a Gaussian kernel estimate without constant. RARE keeps
-    l and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns (..., n,
-    kernels (d + 1)) and, with directions ``along`` (k, ..., 1, d), the derivatives (k, ..., n, kernels (d + 1)).
+    l and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns l (...,
+    n, widths), h grad l (..., n, widths, d) and, with directions ``along`` (k, ..., 1, d), the derivatives of both.
 
     With s = x_i - x, a = E[k s], S = E[k s s']: grad l = a / (h^2 (rho + RARE)) and h^2 Da = S - h^2 rho.
     """
-    d, values, slopes = x.shape[-1], [], []
-    for h in (0.5**level for level in range(kernels)):
+    d, logs, slopes, rises, turns = x.shape[-1], [], [], [], []
+    for h in widths:
         found = KernelMoments.apply(x, particles, h, 1 if along is None else 2)
         rho, first = found[..., :1], found[..., 1 : d + 1]
         a, total = first - rho * x, h * (rho + RARE)
-        values += [(rho + RARE).log(), a / total]
+        logs.append((rho + RARE).log())
+        slopes.append(a / total)
         if along is not None:
             second = found[..., d + 1 :].unflatten(-1, (d, d)) - _outer(first, x) - _outer(x, a)
-            rise = (values[-1] * along).sum(-1, keepdim=True) / h
+            rises.append((slopes[-1] * along).sum(-1, keepdim=True) / h)
             turn = (second @ along[..., None])[..., 0] / h**2 - rho * along
-            slopes += [rise, turn / total - rise * values[-1]]
-    return torch.cat(values, -1), None if along is None else torch.cat(slopes, -1)
+            turns.append(turn / total - rises[-1] * slopes[-1])
+    changes = (None, None) if along is None else (torch.cat(rises, -1), torch.stack(turns, -2))
+    return torch.cat(logs, -1), torch.stack(slopes, -2), *changes
 
 
 @NETWORKS.register("set_operator")
@@ -165,10 +169,10 @@ class SetOperator(nn.Module, Configured):
     Context: a perceptron of each particle and the cloud's mean and covariance; ``blocks`` of induced set attention
     (``tokens`` learned queries gather from the particles, which then ask the tokens; Set Transformer, arXiv
     1810.00825); a last gathering. g: an affine map with coefficients from the tokens, plus a perceptron of what the
-    point finds by attention to them and of the density around it, ``smoothed`` by ``kernels`` widths: what a step of an
-    internal energy depends on most, and what a few tokens do not hold. Equivariant under permutations of the cloud,
-    unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context takes log tau too, so that
-    one network serves many tau.
+    point finds by attention to them and of the density around it, ``smoothed`` by ``kernels`` widths, plus the slopes
+    of these by coefficients from the tokens: what a step of an internal energy depends on most. Equivariant under
+    permutations of the cloud, unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context
+    takes log tau too, so that one network serves many tau.
     """
 
     learns = "operator"
@@ -180,7 +184,7 @@ class SetOperator(nn.Module, Configured):
         tokens: int = Field(16, ge=1)
         blocks: int = Field(2, ge=1)
         on_tau: bool = False
-        kernels: int = Field(4, ge=0, le=8)  # widths at which a point sees the density around it: scale, scale / 2, ...
+        kernels: int = Field(4, ge=0, le=8)  # widths sqrt(8 tau) / 2^k at which a point sees the density around it
 
         @model_validator(mode="after")
         def _divides(self):
@@ -200,7 +204,7 @@ class SetOperator(nn.Module, Configured):
         self.induced = nn.Parameter(torch.randn(c.blocks + 1, c.tokens, c.width))
         self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
         self.scatter = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks))
-        self.affine = nn.Linear(c.width, d * (d + 1))
+        self.affine = nn.Linear(c.width, d * (d + 1) + c.kernels)
         self.point = perceptron(2 * d + known + c.kernels * (d + 1), c.width, 1, c.width, "silu")
         self.ask = Attention(c.width, c.heads)
         self.head = perceptron(c.width, c.width, c.depth, d, "silu")
@@ -225,10 +229,10 @@ class SetOperator(nn.Module, Configured):
             tokens = gather(self.induced[level].expand(*h.shape[:-2], -1, -1), *gather.seen(h))
             if level < len(self.scatter):
                 h = self.scatter[level](h, *self.scatter[level].seen(tokens))
-        affine = self.affine(tokens.mean(-2)).unflatten(-1, (self.d, self.d + 1))
-        return Context(
-            mean, scale, known, away, *self.ask.seen(tokens), affine[..., : self.d], affine[..., None, :, self.d], tau
-        )
+        affine, ascent = self.affine(tokens.mean(-2)).split([self.d * (self.d + 1), self.config.kernels], -1)
+        affine, ascent = affine.unflatten(-1, (self.d, self.d + 1)), ascent[..., None, :]
+        linear, shift = affine[..., : self.d], affine[..., None, :, self.d]
+        return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau)
 
     def forward(
         self, x: Tensor, measure: Context | Tensor, tau: float | None = None, jacobian: bool = False
@@ -241,30 +245,37 @@ class SetOperator(nn.Module, Configured):
         context = measure if isinstance(measure, Context) else self.context(measure, tau)
         return self._jacobian(x, context) if jacobian else self._moved(x, context)
 
+    def _widths(self, context: Context) -> list[Tensor]:
+        """Of the kernels, in the cloud's scale: the heat flow smooths by sqrt(2 tau) in a time tau."""
+        return [math.sqrt(8 * context.tau) / 2**level / context.scale for level in range(self.config.kernels)]
+
     def _moved(self, x: Tensor, context: Context) -> Tensor:
         c = context
-        away = (x - c.mean) / c.scale
-        local = [smoothed(away, c.away, self.config.kernels)[0]] if self.config.kernels else []
+        away, local, pushed = (x - c.mean) / c.scale, [], 0.0
+        if self.config.kernels:
+            logs, slopes, *_ = smoothed(away, c.away, self._widths(c))
+            local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
         h = self.ask(self.point(_beside(x, away, c.known, *local)), c.keys, c.values)
-        return x + c.tau * (away @ c.linear.mT + c.shift + self.head(h))
+        return x + c.tau * (away @ c.linear.mT + c.shift + pushed + self.head(h))
 
     def _jacobian(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if self.d > LARGEST_JACOBIAN:
             raise ValueError(f"log det DT is written out up to d = {LARGEST_JACOBIAN}; this operator has d = {self.d}")
         c, d = context, self.d
-        away = (x - c.mean) / c.scale
+        away, local, pushed, turned = (x - c.mean) / c.scale, [], 0.0, 0.0
         along = torch.eye(d, dtype=x.dtype, device=x.device).view(d, *[1] * (x.dim() - 1), d)  # of x, of away
-        weight, entries = self.point[0].weight, [x, away, c.known]
+        weight = self.point[0].weight
         v = along @ (weight[:, :d] + weight[:, d : 2 * d] / c.scale).mT
         if self.config.kernels:
-            local, slope = smoothed(away, c.away, self.config.kernels, along / c.scale)
-            entries.append(local)
-            v = v + slope @ weight[:, -local.shape[-1] :].mT
-        h = self.point[0](_beside(*entries))
+            logs, slopes, rises, turns = smoothed(away, c.away, self._widths(c), along / c.scale)
+            local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
+            turned = (c.ascent[..., None, :] @ turns)[..., 0, :]
+            v = v + torch.cat([rises, turns.flatten(-2)], -1) @ weight[:, -self.config.kernels * (d + 1) :].mT
+        h = self.point[0](_beside(x, away, c.known, *local))
         h, v = dual(self.point[1:], h, v.expand(d, *h.shape))
         h, v = dual(self.head, *self.ask.dual(h, v, c.keys, c.values))
-        moved = x + c.tau * (away @ c.linear.mT + c.shift + h)
-        columns = along + c.tau * (along @ c.linear.mT / c.scale + v)
+        moved = x + c.tau * (away @ c.linear.mT + c.shift + pushed + h)
+        columns = along + c.tau * (along @ c.linear.mT / c.scale + turned + v)
         return moved, columns.movedim(0, -1)
 
 

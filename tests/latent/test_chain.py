@@ -249,10 +249,10 @@ def test_the_distance_of_two_clouds_a_step_apart_is_known():
     assert abs(divergence(x, x)) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["jko_icnn", "nsgf"])
+@pytest.mark.parametrize("method", ["jko_icnn", "nsgf", "entropic_map"])
 def test_the_command_and_the_shipped_config_run_the_same_flow(method):
     config = load_config(ROOT / "configs" / "molecules" / f"qed_{method}.yaml")
-    bounds = {"at_most": 0.7, **({"at_least": 0.85} if method == "nsgf" else {})}
+    bounds = {"at_most": 0.7, **({} if method == "jko_icnn" else {"at_least": 0.85})}
     ours = read_config(chain.flow_config(method, {"objective": {"components": ["qed"]}}, config.general.out, **bounds))
     assert ours.resolved() == config.resolved()
 
@@ -268,6 +268,19 @@ def test_the_flow_command_runs_the_chain_with_a_trained_autoencoder(folder, caps
     tiny += ["data.surrogate.explored=0"]
     assert main([*start, "--at-least", "0.5", "--set", *tiny]) == 0
     assert len(read(out / "steps.csv")) == 3 and not (out / "autoencoder").exists()
+
+
+def test_an_entropic_map_moves_molecules_that_its_plan_has_not_seen(folder):
+    (folder / "qed.yaml").write_text("components: [qed]\n")
+    out, hits = folder / "map", folder / "hits.csv"
+    options = ["--objective", str(folder / "qed.yaml"), "--autoencoder", str(folder / "run" / "autoencoder")]
+    tiny = ["evaluate.n=10", "data.surrogate.steps=3", "data.surrogate.width=4", "data.surrogate.explored=0"]
+    start = ["molecules", "flow", str(folder / "my.csv"), "--out", str(out), "--method", "entropic_map", *options]
+    assert main([*start, "--at-least", "0.5", "--set", *tiny, "method.flow_steps=2", "method.stop=1"]) == 0
+    assert len(read(out / "steps.csv")) == 3
+    (folder / "unseen.smi").write_text("CCOCCN first\nCCCCOCC second\n")
+    assert main(["sample", str(out), "--source", str(folder / "unseen.smi"), "--out", str(hits)]) == 0
+    assert len(read(hits)) == 2
 
 
 def test_the_step_commands_leave_what_the_next_one_takes(folder, capsys):

@@ -1,4 +1,4 @@
-"""Peers of a flow on molecules' codes: gradient ascent and Langevin dynamics of its surrogate, as far as it went."""
+"""Peers of a flow on codes: ascent and Langevin dynamics of its surrogate; and what it does to molecules not seen."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 import gengrad
 from gengrad.chain import parts_of
-from gengrad.latent.population import population, start
+from gengrad.latent.population import population, start, states
 from gengrad.latent.steps import Observer
 from gengrad.machine import cpus
+from gengrad.molecules.scoring import score
 from gengrad.plotting.style import CURVES, MARKERS, curve_panel, legend_below, new_figure, save
 
 STEP = 0.05  # length of a step of ascent, in whitened codes, where two molecules are about 11 apart
@@ -54,6 +55,28 @@ def walk(folder: Path, kind: str, distances: list[float], n: int, seed: int) -> 
             noise = torch.randn(here.shape, generator=generator)
             here = here - h * slope + (2 * h * float(temperature)) ** 0.5 * noise
     return {"after": rows[-1], "steps": rows}
+
+
+def unseen(folder: Path, smiles: list[str], n: int, seed: int) -> dict:
+    """{"before", "after"}: rows as of steps.csv of n molecules that are not among the data of the flow in ``folder``,
+
+    the first of ``smiles`` that the autoencoder takes and whose total is within the bound of the source.
+    """
+    flow = gengrad.load(folder)
+    codec, objective, surrogate, cloud = parts_of(flow)
+    config, known = flow.info["config"], set(cloud.smiles)
+    fresh = [text for text in smiles if text not in known][: 12 * n]
+    total = score(objective, fresh, cpus()).total
+    poor = [text for text, value in zip(fresh, total.tolist()) if value <= config["source"]["at_most"]]
+    rows = {text: row for text, row in zip(poor, codec.rows(poor, cpus())) if not isinstance(row, ValueError)}
+    chosen = list(rows)[:n]
+    observer = Observer(codec, objective, surrogate, known, cloud.info["calls"] + surrogate.info["calls"])
+    parents, found = [(str(i), text) for i, text in enumerate(chosen)], {}
+    x = codec.encode([rows[text] for text in chosen])
+    *_, last = states(flow, x, seed, config["evaluate"]["nfe"][0])
+    for name, here in (("before", x), ("after", last)):
+        found[name] = observer.row(population(codec, objective, surrogate, here, parents, 0, seed, cpus()))
+    return found
 
 
 KINDS = ("ascent", *(f"langevin {temperature:g}" for temperature in TEMPERATURES))

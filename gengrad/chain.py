@@ -61,7 +61,7 @@ FLOWS: dict[str, dict] = {
     },
     "entropic_map": {
         "network": {"name": "mlp"},
-        "method": {"name": "entropic_map", "epsilon_rel": 0.01, "stop": 0.6},
+        "method": {"name": "entropic_map", "epsilon_rel": 0.01, "stop": 0.8},
         "evaluate": {"nfe": [10], "n": 1000},
     },
 }

@@ -55,5 +55,7 @@ def trained(raw: dict, folder: Path) -> tuple:
     told = folder / "cpu_seconds.txt"
     if not told.exists():
         outcome = gengrad.train(read_config({**raw, "out": str(folder)}), quiet=True)
+        if not outcome.finished:  # a signal: it goes on next time, and is not judged before
+            raise SystemExit(128 + outcome.signal)
         told.write_text(str(outcome.cpu_seconds))
     return gengrad.load(folder), float(told.read_text())

@@ -24,6 +24,7 @@ warm: the residual of the per-step solver after so many optimiser steps, started
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -88,7 +89,9 @@ def ablation(variant: str, seed: int, given: argparse.Namespace) -> dict:
     held = judge_held_out(flow, method["initial"], steps, count=count, n=1024, seed=seed + 1)
     for k in (1, steps // 4, steps // 2, steps):
         found |= {f"share_{k}": held["share_along"][k - 1], f"gap_{k}": held["gap_along"][k - 1]}
-    return {**found, "fell": held["fell"], "along": [held["share_along"], held["gap_along"]]}
+    along = [[v if math.isfinite(v) else None for v in held[name]] for name in ("share_along", "gap_along")]
+    finite = {key: value for key, value in found.items() if math.isfinite(value)}  # a map that folds has no energy
+    return {**finite, "fell": held["fell"], "along": along}
 
 
 def per_step(steps: int, method: dict, folder: str, **changes) -> tuple:

@@ -58,9 +58,10 @@ def walk(folder: Path, kind: str, distances: list[float], n: int, seed: int) -> 
 
 
 def unseen(folder: Path, smiles: list[str], n: int, seed: int) -> dict:
-    """{"before", "after"}: rows as of steps.csv of n molecules that are not among the data of the flow in ``folder``,
+    """{"before", "after"}: rows as of steps.csv of n molecules that are not among the data of the flow in ``folder``:
 
-    the first of ``smiles`` that the autoencoder takes and whose total is within the bound of the source.
+    the first of ``smiles`` that the autoencoder takes (it may have been trained on them) and whose total is within the
+    bound of the source.
     """
     flow = gengrad.load(folder)
     codec, objective, surrogate, cloud = parts_of(flow)
@@ -70,6 +71,8 @@ def unseen(folder: Path, smiles: list[str], n: int, seed: int) -> dict:
     poor = [text for text, value in zip(fresh, total.tolist()) if value <= config["source"]["at_most"]]
     rows = {text: row for text, row in zip(poor, codec.rows(poor, cpus())) if not isinstance(row, ValueError)}
     chosen = list(rows)[:n]
+    if len(chosen) < 2:
+        raise SystemExit(f"unseen: {len(chosen)} of the molecules are not among the flow's data and within its bound")
     observer = Observer(codec, objective, surrogate, known, cloud.info["calls"] + surrogate.info["calls"])
     parents, found = [(str(i), text) for i, text in enumerate(chosen)], {}
     x = codec.encode([rows[text] for text in chosen])

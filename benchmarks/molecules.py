@@ -182,7 +182,7 @@ def judged(folder: Path, bound: float, seed: int) -> dict:
     from gengrad.molecules.fcd import LEAST, frechet_chemnet
 
     smiles = {name: read_population(folder / f"population_{name}.csv").smiles for name in ("before", "after")}
-    objective = read_objective({"components": [OBJECTIVE["components"][1]]})
+    objective = read_objective({"components": [{"scorer": "sa", "transform": WINDOW}]})
     found = {f"median_sa_{name}": float(score(objective, texts, os.cpu_count() or 1).properties[:, 0].nanmedian())
              for name, texts in smiles.items()}  # fmt: skip
     cloud = Cloud.load(folder / "latents")

@@ -126,7 +126,7 @@ def flow_config(method: str, data: dict, out: str, at_most: float | None = None,
         raise ValueError(
             f"{method} moves toward the molecules that meet the target: say what meeting it is, e.g. --at-least 0.9"
             if method in TOWARDS
-            else f"at_least={at_least:g} chooses the molecules that nsgf goes to; {method} descends the potential"
+            else f"at_least={at_least:g} chooses the molecules to go to; {method} descends the potential"
         )
     target = {"at_least": at_least} if method in TOWARDS else {"at_most": at_most}
     raw = {"out": out, "data": {"name": Latents.name, **data, **target}}

@@ -19,18 +19,19 @@ def check_fit(
 ) -> None:
     """Refuses what the schema cannot see: sizes against the data, the number of processes, the memory."""
     problems, world = method.objections(source, target), accelerator.num_processes
-    batches = {} if method.learns == "nothing" else {"train.batch_size": (config.train.batch_size, True)}
+    trains = method.learns != "nothing"
+    batches = {"train.batch_size": (config.train.batch_size, True)} if trains else {}
     for key, (size, shared) in {**batches, **method.batches()}.items():
         if len(target) and size > len(target):
             problems.append(f"{key}={size} is larger than the data, which have {len(target)} training points")
         if shared and size % world:
             problems.append(f"{key}={size} does not divide by the {world} processes")
     pieces = config.train.accumulate
-    if config.train.batch_size % (world * pieces):
+    if trains and config.train.batch_size % (world * pieces):
         each = f"train.accumulate={pieces}" + (f" on {world} processes" if world > 1 else "")
         problems.append(f"train.batch_size={config.train.batch_size} does not divide into the pieces of {each}")
     problems += _class_problems(config, method, target) + _memory_problems(
-        config, method, accelerator.device, len(source)
+        config, method, accelerator.device, len(source), len(target)
     )
     compilers = ("g++", "clang++", "c++", "cl")
     if config.train.compile and not os.environ.get("CXX") and not any(map(shutil.which, compilers)):
@@ -83,10 +84,12 @@ def _point_problems(config: RunConfig, source: Distribution, target: Distributio
     return problems
 
 
-def _memory_problems(config: RunConfig, method: Method, device: torch.device, source_size: int) -> list[str]:
+def _memory_problems(
+    config: RunConfig, method: Method, device: torch.device, source_size: int, target_size: int
+) -> list[str]:
     """Transport problems whose costs alone would not fit the machine: the system ends such a run without a word."""
     problems, memory = [], _memory(device)
-    for keys, (rows, columns) in method.plans(config.train.batch_size, source_size).items():
+    for keys, (rows, columns) in method.plans(config.train.batch_size, source_size, target_size).items():
         size = 4 * rows * columns  # float32
         if size > memory:
             problems.append(

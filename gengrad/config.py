@@ -98,8 +98,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     raw = parse_yaml(text, str(path))
     origins: dict[str, str] = {}
-    # names first: another name drops the settings of the class before, whatever the order they were typed in
-    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".name")):
+    for override in sorted(overrides, key=_order):
         _override(raw, override, origins)
     return read_config(raw, str(path), origins)
 
@@ -111,6 +110,12 @@ def _similar_config(path: Path) -> str:
     found = {file.stem: file for file in known}
     near = difflib.get_close_matches(path.stem if path.suffix in (".yaml", ".yml") else path.name, found, n=1)
     return f" Did you mean {found[near[0]]}?" if near else ""
+
+
+def _order(override: str) -> tuple[int, bool]:
+    """The whole before its parts, and names first: another name drops the settings of the class before."""
+    key = override.partition("=")[0].strip()
+    return key.count("."), not key.endswith(".name")
 
 
 def _override(raw: dict, override: str, origins: dict[str, str]) -> None:
@@ -147,6 +152,8 @@ def _place(holder: dict | list, part: str, override: str) -> str | int:
     """A key of a mapping as it is; of a list the number of an entry that is there, 0 the first."""
     if isinstance(holder, dict):
         return part
+    if not holder:
+        raise ConfigError(f"override {override!r}: the list is empty, it has no entry {part!r}")
     if not part.isdecimal() or int(part) >= len(holder):
         raise ConfigError(f"override {override!r}: {part!r} is none of the entries 0 to {len(holder) - 1} of a list")
     return int(part)
@@ -227,10 +234,11 @@ def _article(noun: str) -> str:
 
 
 def _origin(key: str, origins: dict[str, str], where: str) -> str:
-    """Where a key's value came from: also where the override gave the list or mapping that holds it."""
+    """Where a key's value came from: also where an override gave what holds it, or a part of it."""
     parts = key.split(".")
-    above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((origins[name] for name in above if name in origins), where)
+    near = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    near += [name for name in origins if name.startswith(f"{key}.")]  # an entry of the list that the key is
+    return next((origins[name] for name in near if name in origins), where)
 
 
 def _named(section: str, raw: object, registry: Registry, default: str | None, problems: list) -> dict | None:

@@ -212,10 +212,11 @@ def _announce(
         f"gengrad {gengrad.__version__}: {config.method['name']}, {config.source['name']} -> {config.data['name']}",
         f"  network   {config.network['name']}, {size:,} parameters" if learns else "  network   none",
         f"  device    {accelerator.device}, {world} process{'es' if world > 1 else ''}, precision {train.precision}",
-        f"  batch     {train.batch_size} in all, {train.batch_size // world} a process",
-        f"  steps     {train.steps:,}, a checkpoint every {train.checkpoint_every:,}",
-        f"  output    {config.general.out}",
     ]
+    if learns:
+        lines.append(f"  batch     {train.batch_size} in all, {train.batch_size // world} a process")
+        lines.append(f"  steps     {train.steps:,}, a checkpoint every {train.checkpoint_every:,}")
+    lines.append(f"  output    {config.general.out}")
     lines += [f"  data      {note}" for note in problem.target.notes]
     if problem.target.units is not None:
         lines.append("  units     trained on normalised data; the samples are in the units of the file")

@@ -77,6 +77,15 @@ def test_an_override_reaches_an_entry_of_a_list_by_its_number(tmp_path):
     words = ["method.functional.0.weight=3", "method.functional.1.weight=0.5", "method.tau=0.01"]
     first, second = load_config(path, words).method["functional"]
     assert (first["weight"], second) == (3, {"name": "entropy", "weight": 0.5})
+    with pytest.raises(ConfigError, match=r"method.functional \(the command line\)"):
+        load_config(path, ["method.functional.0.weight=high"])
+    whole = [
+        "method.functional.1.name=interaction",
+        "method.functional=[{name: potential}, entropy]",
+    ]  # the whole first
+    assert [term["name"] for term in load_config(path, whole).method["functional"]] == ["potential", "interaction"]
+    with pytest.raises(ConfigError, match="the list is empty"):
+        load_config(path, ["evaluate.nfe=[]", "evaluate.nfe.0=3"])
     for wrong in ("method.functional.2.weight=1", "method.functional.entropy.weight=1", "method.functional.-1=entropy"):
         with pytest.raises(ConfigError, match="none of the entries 0 to 1 of a list"):
             load_config(path, [wrong])

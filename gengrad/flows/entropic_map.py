@@ -33,12 +33,13 @@ class EntropicMap(Transport):
     def map(self, x: Tensor) -> Tensor:
         """T x, like x (n, *event)."""
         y = self.targets.flatten(1)
-        height = (self.g - y.square().sum(1) / 2) / self.epsilon
-        moved = [
-            torch.softmax(rows @ (y.mT / self.epsilon) + height, 1) @ y
-            for rows in x.flatten(1).to(y).split(max(1, BLOCK // len(y)))
-        ]
-        return torch.cat(moved).view_as(x).to(x)
+        centre = y.mean(0)  # of everything: products of points far from the origin would leave no digits
+        y, z = y - centre, x.flatten(1).to(y) - centre
+        height, scaled = (self.g - y.square().sum(1) / 2) / self.epsilon, y.mT / self.epsilon
+        with torch.autocast(x.device.type, enabled=False):
+            blocks = z.split(max(1, BLOCK // len(y)))
+            moved = torch.cat([torch.softmax(rows @ scaled + height, 1) @ y for rows in blocks])
+        return (moved + centre).view_as(x).to(x)
 
     def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
         way = self.map(x) - x

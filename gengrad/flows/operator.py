@@ -71,7 +71,8 @@ class OperatorTransport(Transport):
 
     @classmethod
     def rebuild(cls, description: dict) -> OperatorTransport:
-        network = NETWORKS.build(description["network"], event_shape=tuple(description["event_shape"]))
+        settings = {"kernels": 0, **description["network"]}  # none in flows from before there were kernels
+        network = NETWORKS.build(settings, event_shape=tuple(description["event_shape"]))
         empty = [torch.zeros(description[name]) for name in ("anchors", "samples")]
         return cls(network, *empty, *(description[name] for name in ("tau", "terms", "data", "family", "taus")))
 

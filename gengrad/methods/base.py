@@ -107,10 +107,10 @@ class Method(Configured, ABC):
         """Batches it takes besides ``train.batch_size``: key -> (size, whether the processes share it out)."""
         return {}
 
-    def plans(self, batch_size: int, source_size: int) -> dict[str, tuple[int, int]]:
+    def plans(self, batch_size: int, source_size: int, target_size: int) -> dict[str, tuple[int, int]]:
         """Transport problems it solves with a ``train.batch_size``: "key=size", as given -> (rows, columns).
 
-        ``source_size``: how many points the source has, 0 where it is a density.
+        ``source_size``, ``target_size``: how many points these have, 0 where they are densities.
         """
         return {}
 

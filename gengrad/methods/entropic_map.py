@@ -35,9 +35,15 @@ class PlanStage(Stage):
         c, p = self.config, self.problem
         x, y = self._points(p.source, "train/source"), self._points(p.target, "train/target")
         solved = sinkhorn(x.flatten(1), y.flatten(1), c.epsilon, c.epsilon_rel, tol=c.tol)
+        if not bool(solved.converged):
+            raise ValueError(
+                f"the plan of method.epsilon={float(solved.epsilon):.3g} did not converge: its map has an error of "
+                f"{float(solved.velocity_error):.2g} of the way, and method.tol={c.tol:g} was asked for; take a larger "
+                f"method.epsilon_rel (now {c.epsilon_rel:g}), or a larger tol"
+            )
         self._told = {
             "effective_neighbours": float(solved.effective_neighbours), "epsilon": float(solved.epsilon),
-            "velocity_error": float(solved.velocity_error),
+            "velocity_error": float(solved.velocity_error), "iterations": float(solved.iterations),
         }  # fmt: skip
         return EntropicMap(y, solved.g.float(), float(solved.epsilon), c.stop, c.flow_steps)
 
@@ -55,10 +61,11 @@ class PlanStage(Stage):
 class EntropicMapMethod(Method):
     """T x = sum_j w_j(x) y_j with the weights of one entropic plan from the source to the data, at any x.
 
-    The map that NSGF's first step averages to, in closed form: one Sinkhorn problem of ``points`` a side, in place of
-    a training, and no network. It knows what to do with points that the plan has not seen, by the plan's potential
-    (``EntropicMap`` has the formula and its source). ``stop`` < 1: it ends on the way, McCann's interpolation. A small
-    epsilon sends every point to one target, a large one to a mean of many.
+    What NSGF's network learns of one plan with ``target: sample``, in closed form: one Sinkhorn problem of ``points`` a
+    side, in place of a training, and no network. It knows what to do with points that the plan has not seen, by the
+    plan's potential (``EntropicMap`` has the formula and its source). ``stop`` < 1: it ends on the way, as epsilon -> 0
+    in McCann's interpolation. A small epsilon sends every point to one target, a large one to a mean of many. Raises
+    ``ValueError`` for a plan that does not converge.
     """
 
     learns = "nothing"
@@ -71,9 +78,12 @@ class EntropicMapMethod(Method):
         stop: float = Field(1.0, gt=0, le=1)
         flow_steps: int = Field(10, ge=1)  # states on the straight way, for pictures and tables
 
-    def plans(self, batch_size: int, source_size: int) -> dict[str, tuple[int, int]]:
+    def plans(self, batch_size: int, source_size: int, target_size: int) -> dict[str, tuple[int, int]]:
         n = self.config.points
-        return {f"method.points={n}": (min(source_size or n, n), n)}
+        return {f"method.points={n}": (min(source_size or n, n), min(target_size or n, n))}
+
+    def refusals(self, classes: int | None) -> list[str]:
+        return ["an entropic map knows no classes: leave out network.classes"] if classes else []
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield PlanStage(problem, self.config)

@@ -42,7 +42,7 @@ class FlowMatching(Method):
         time_exponent: float = Field(1.0, gt=0)  # t = u^time_exponent, u uniform; 1: the papers
         label_dropout: LabelDropout = 0.1
 
-    def plans(self, batch_size: int, source_size: int) -> dict[str, tuple[int, int]]:
+    def plans(self, batch_size: int, source_size: int, target_size: int) -> dict[str, tuple[int, int]]:
         coupled = self.config.coupling == "minibatch_ot"
         return {f"train.batch_size={batch_size}": (batch_size, batch_size)} if coupled else {}
 

@@ -140,7 +140,7 @@ class NSGF(Method):
         found = {"method.ot_batch": (c.ot_batch, c.ot_scope != "global")}
         return found | {"method.target_batch": (c.target_batch or c.ot_batch, c.ot_scope == "local")}
 
-    def plans(self, batch_size: int, source_size: int) -> dict[str, tuple[int, int]]:
+    def plans(self, batch_size: int, source_size: int, target_size: int) -> dict[str, tuple[int, int]]:
         c = self.config
         targets = f" with method.target_batch={c.target_batch}" if c.target_batch else ""
         rows = source_size if c.ot_batch == "all" else c.ot_batch

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from gengrad.networks.kernels import smoothed
 from gengrad.networks.mlp import perceptron
 from gengrad.registry import NETWORKS, Configured, Settings
 
 LARGEST_JACOBIAN = 3  # dimensions up to which log det DT is written out
-RARE = 3e-4  # of the kernel's peak: a density below which the particles around a point say nothing of it
 FOLD = 0.05  # det DT below which log det is continued by its tangent, down through zero
 
 
@@ -97,71 +96,6 @@ def dual(layers: nn.Sequential, h: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return h, v
 
 
-class KernelMoments(torch.autograd.Function):
-    """E[k_h(s - x) f_j(s)] (..., n, columns) over the particles s (..., N, d), k_h(z) = exp(-|z|^2 / (2 h^2)), at x.
-
-    The columns f_j are the products of coordinates of s up to ``degree``: 1, s, s s', ... Those of one degree more are
-    the derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so no kernel matrix is kept; x has a gradient, once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, particles: Tensor, h: Tensor, degree: int) -> Tensor:
-        if ctx.needs_input_grad[1]:
-            raise ValueError("kernels have a gradient of the points alone, none of the particles: detach these")
-        columns = [torch.ones_like(particles[..., :1])]
-        for _ in range(degree + ctx.needs_input_grad[0]):
-            columns.append(_outer(columns[-1], particles).flatten(-2))
-        found = _kernel(x, particles, h) @ (torch.cat(columns, -1) / particles.shape[-2])
-        count = sum(x.shape[-1] ** power for power in range(degree + 1))
-        ctx.save_for_backward(x, found[..., 1:], found[..., :count], h)
-        return found[..., :count].clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, given: Tensor) -> tuple:
-        x, higher, found, h = ctx.saved_tensors
-        slope = higher.unflatten(-1, (-1, x.shape[-1])) - _outer(found, x)
-        return (given[..., None, :] @ slope)[..., 0, :] / h**2, None, None, None
-
-
-def _kernel(x: Tensor, particles: Tensor, h: Tensor) -> Tensor:
-    squared = x.square().sum(-1, keepdim=True) + particles.square().sum(-1)[..., None, :] - 2 * x @ particles.mT
-    return (squared * (-0.5 / h**2)).clamp_(-60, 0).exp_()  # above the floats that a CPU is slow with
-
-
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return a[..., :, None] * b[..., None, :]
-
-
-@torch.autocast("cpu", enabled=False)  # squared distances of bfloat16 points would be noise
-@torch.autocast("cuda", enabled=False)
-def smoothed(
-    x: Tensor, particles: Tensor, widths: list[Tensor], along: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """l = log(rho_h + RARE) and h grad l at x (..., n, d) for each width h (..., 1, 1): the density around each point.
-
-    rho_h(x) = E k_h(x_i - x) over the particles (..., N, d), a Gaussian kernel estimate without constant. RARE keeps
-    l and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns l (...,
-    n, widths), h grad l (..., n, widths, d) and, with directions ``along`` (k, ..., 1, d), the derivatives of both.
-
-    With s = x_i - x, a = E[k s], S = E[k s s']: grad l = a / (h^2 (rho + RARE)) and h^2 Da = S - h^2 rho.
-    """
-    d, logs, slopes, rises, turns = x.shape[-1], [], [], [], []
-    for h in widths:
-        found = KernelMoments.apply(x, particles, h, 1 if along is None else 2)
-        rho, first = found[..., :1], found[..., 1 : d + 1]
-        a, total = first - rho * x, h * (rho + RARE)
-        logs.append((rho + RARE).log())
-        slopes.append(a / total)
-        if along is not None:
-            second = found[..., d + 1 :].unflatten(-1, (d, d)) - _outer(first, x) - _outer(x, a)
-            rises.append((slopes[-1] * along).sum(-1, keepdim=True) / h)
-            turn = (second @ along[..., None])[..., 0] / h**2 - rho * along
-            turns.append(turn / total - rises[-1] * slopes[-1])
-    changes = (None, None) if along is None else (torch.cat(rises, -1), torch.stack(turns, -2))
-    return torch.cat(logs, -1), torch.stack(slopes, -2), *changes
-
-
 @NETWORKS.register("set_operator")
 class SetOperator(nn.Module, Configured):
     """T(x; mu) = x + tau g(x, context(mu)), with g = 0 at the start: x (..., n, d), mu a cloud (..., N, d) of any N.
@@ -172,7 +106,8 @@ class SetOperator(nn.Module, Configured):
     point finds by attention to them and of the density around it, ``smoothed`` by ``kernels`` widths, plus the slopes
     of these by coefficients from the tokens: what a step of an internal energy depends on most. Equivariant under
     permutations of the cloud, unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context
-    takes log tau too, so that one network serves many tau.
+    takes log tau too, so that one network serves many tau. Differentiable in its weights, and once in x; not in the
+    cloud where ``kernels`` see it.
     """
 
     learns = "operator"
@@ -213,7 +148,9 @@ class SetOperator(nn.Module, Configured):
                 parameter.zero_()
 
     def context(self, particles: Tensor, tau: float) -> Context:
-        """The context of clouds (..., N, d) for a step of length ``tau``."""
+        """The context of clouds (..., N, d) for a step of length ``tau``; raises ``ValueError`` where tau is none."""
+        if tau is None or not 0 < tau < math.inf:
+            raise ValueError(f"a step of an operator has a length tau > 0; got {tau}")
         mean = particles.mean(-2, keepdim=True)
         away = particles - mean
         scale = away.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)

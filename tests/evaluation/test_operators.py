@@ -12,6 +12,7 @@ from gengrad.data import Gaussian, GaussianMixture
 from gengrad.data.draws import generator_for
 from gengrad.data.families import read_families
 from gengrad.data.profiles import Barenblatt
+from gengrad.evaluation import operators
 from gengrad.evaluation.operators import judge_held_out, judge_rollout, on_the_line, reference_of
 from gengrad.flows import Flow, OperatorTransport
 from gengrad.flows.density_cloud import matched
@@ -27,7 +28,7 @@ def heat(d=1, slope=(K - 1) / TAU, terms=HEAT, tau=TAU) -> OperatorTransport:
     """T x = mean + (1 + tau slope / scale) (x - mean): exact from a standard normal, by default."""
     network = SetOperator(event_shape=(d,), width=8, tokens=2, heads=2)
     with torch.no_grad():
-        network.affine.bias.copy_(torch.cat([slope * torch.eye(d), torch.zeros(d, 1)], 1).flatten())
+        network.affine.bias[: d * (d + 1)].copy_(torch.cat([slope * torch.eye(d), torch.zeros(d, 1)], 1).flatten())
     return OperatorTransport(network, torch.randn(1, 8, d), torch.empty(0, d), tau, terms).double()
 
 
@@ -100,6 +101,18 @@ def test_held_out_gaussians_of_the_plane_are_judged_against_their_closed_form():
     families = read_families([{"name": "gaussians", **round_one}, {"name": "mixtures", **round_one}])
     found = judge_held_out(flow, families, 1, count=2, n=1024, seed=0)
     assert found["referenced"] == 1 and found["worst_share"] < 0.02 and found["worst_gap"] < 0.02
+
+
+def test_a_held_out_gaussian_is_judged_by_its_own_mean_and_covariance(monkeypatch):
+    """The exact step of an oblong one is x -> m + Q (x - m); its reference is asked for with just that law."""
+    asked = []
+    monkeypatch.setattr(operators, "reference_of", lambda transport, law, x, log_rho: asked.append((law, x)) or None)
+    families = read_families({"name": "gaussians", "reach": 1.0, "smallest": 0.3, "largest": 1.5})
+    judge_held_out(Flow(Gaussian(mean=[0.0, 0.0]), [heat(d=2).float()]), families, 1, count=3, n=2048, seed=0)
+    assert len(asked) == 3
+    for law, x in asked:
+        mean, covariance = law.moments()
+        assert torch.allclose(x.mean(0), mean, atol=0.01) and torch.allclose(x.T.cov(), covariance, atol=0.03)
 
 
 def test_evaluate_writes_the_table_the_energies_and_the_film(tmp_path, capsys):

@@ -24,7 +24,8 @@ def operator_flow(d=2, terms="entropy", **changes) -> Flow:
     torch.manual_seed(0)
     network = SetOperator(event_shape=(d,), width=8, tokens=2, heads=2, blocks=1)
     with torch.no_grad():
-        network.affine.bias.copy_(torch.cat([STRETCH * torch.eye(d), torch.full((d, 1), CENTRE)], dim=1).flatten())
+        affine = torch.cat([STRETCH * torch.eye(d), torch.full((d, 1), CENTRE)], dim=1)
+        network.affine.bias[: d * (d + 1)].copy_(affine.flatten())
     source = Gaussian(mean=[0.0] * d)
     x = torch.randn(64, d, generator=torch.Generator().manual_seed(0))
     anchors = rollout(network, x, TAU, 3)[:-1]

@@ -105,6 +105,7 @@ def bent_operator(d):
     network = SetOperator(event_shape=(d,), width=8, tokens=2, heads=2, blocks=1).double()
     torch.nn.init.normal_(network.head[-1].weight, std=0.5)
     torch.nn.init.normal_(network.affine.weight, std=0.5)
+    torch.nn.init.normal_(network.affine.weight[d * (d + 1) :], std=0.05)  # the kernels' slopes, which soon fold a map
     return network
 
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gengrad.networks.set_operator import RARE, KernelMoments, SetOperator, determinant, log_without_folds, smoothed
+from gengrad.networks.kernels import RARE, KernelMoments, smoothed
+from gengrad.networks.set_operator import SetOperator, determinant, log_without_folds
 from gengrad.registry import NETWORKS, settings_of
 
 SMALL = {"width": 16, "tokens": 4, "heads": 2}
@@ -116,6 +117,21 @@ def test_kernels_see_what_moments_do_not_and_neither_order_nor_repetition():
     assert torch.allclose(network(x, network.context(torch.cat([x, x]), 0.1)), network(x, context), atol=1e-12)
     far = network(torch.full((1, 2), 1e4, dtype=torch.float64), context)
     assert far.isfinite().all()  # where every kernel is zero
+
+
+def test_densities_of_clouds_much_wider_than_the_kernels_survive_float32():
+    """Two narrow blobs far apart, seen through widths of a hundredth of the cloud's scale and less."""
+    network, x = operator(), 0.3 * cloud(200, 2)
+    x = torch.cat([x[:100] - 30, x[100:] + 30])
+    truth = determinant(network(x, x, 0.1, jacobian=True)[1])
+    found = determinant(network.float()(x.float(), x.float(), 0.1, jacobian=True)[1])
+    assert (found.double() - truth).abs().max() < 2e-3
+
+
+def test_a_step_without_a_length_is_refused():
+    for tau in (None, 0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="tau > 0"):
+            operator()(cloud(5, 2), cloud(5, 2), tau)
 
 
 def test_the_jacobian_can_be_descended():

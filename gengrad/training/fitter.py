@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     from gengrad.training.loop import Progress, Run
 
 
+MOST_ROWS = 2048  # sides of a weight above which SOAP leaves that side as it is: its eigenbasis would cost too much
+
+
 class TrainSettings(Settings):
     """The ``train:`` section of a config. ``lr`` and ``warmup`` count optimiser steps, ``batch_size`` is global."""
 
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=2)
     accumulate: int = Field(1, ge=1)  # pieces that the batch goes through the network in: less memory, same gradient
+    optimizer: Literal["adamw", "soap"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     lr_decay: Literal["cosine", "constant"] = "cosine"
     warmup: int = Field(0, ge=0)
@@ -43,6 +48,20 @@ class TrainSettings(Settings):
     keep_checkpoints: int = Field(2, ge=2)
     log_every: int = Field(50, ge=1)
     preview_every: int | None = Field(None, ge=1)  # steps between pictures; none: at the end only
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    """``adamw``, or ``soap``: Adam in the eigenbases of the running means of G G' and G' G, G a weight's gradients
+
+    (Vyas et al., arXiv 2409.11321, Algorithm 3), for losses whose curvature Adam's diagonal does not see. A step costs
+    a few products of the weights' own sizes more; the first one looks at the gradient and moves nothing.
+    """
+    chosen = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **chosen, fused=True)
+    from pytorch_optimizer import SOAP  # here, since it brings all of its hundred optimisers
+
+    return SOAP(list(parameters), **chosen, max_precondition_dim=MOST_ROWS)
 
 
 class TrainingStopped(RuntimeError):
@@ -67,9 +86,7 @@ class Fitter:
                 network.compile()
         self.spent: dict[str, float] = {}  # what the stage has logged as ..._seconds since the last line
         self.named = {f"{n}.{p}": w for n, net in stage.networks.items() for p, w in net.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(self.named.values(), settings)
 
     def step(self, progress: Progress) -> tuple[Tensor, Tensor, dict[str, float]] | None:
         """One optimiser step; (loss, gradient norm, logs), or None when something was not finite and it was skipped."""

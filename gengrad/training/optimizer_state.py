@@ -31,7 +31,8 @@ def optimizer_state_by_name(optimizer: torch.optim.Optimizer, named_parameters: 
     parameters = {}
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         state = _listed_tuples(dict(optimizer.state.get(p, {})))
-        parameters[names[p]] = {"shape": list(p.shape), "entries": sorted(state), "state": state}
+        strides = {entry: _strides(value) for entry, value in state.items()}
+        parameters[names[p]] = {"shape": list(p.shape), "entries": sorted(state), "state": state, "strides": strides}
     return {"optimizer": _class_name(optimizer), "groups": groups, "parameters": parameters}
 
 
@@ -84,6 +85,22 @@ def _listed_tuples(value: Any) -> Any:
     return [_listed_tuples(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _strides(value: Any) -> Any:
+    """The memory order of tensors that are not stored row by row: products with them round otherwise."""
+    if isinstance(value, list):
+        return [_strides(item) for item in value]
+    return list(value.stride()) if isinstance(value, Tensor) and not value.is_contiguous() else None
+
+
+def _copied(value: Any, strides: Any) -> Any:
+    """The saved value, in memory of its own: the optimiser works in place, and what was read stays as it was."""
+    if isinstance(value, list):
+        return [_copied(item, order) for item, order in zip(value, strides or [None] * len(value))]
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if not strides else value.new_empty_strided(value.shape, strides).copy_(value)
+
+
 def _misfits(own: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> list[str]:
     """Parameters of another shape, and entries that are missing, unknown or of a wrong shape."""
     problems = []
@@ -125,12 +142,12 @@ def _load(optimizer: torch.optim.Optimizer, names: Mapping, settings: list[dict]
         {**chosen, "params": [position[p] for p in group["params"]]}
         for chosen, group in zip(settings, optimizer.param_groups)
     ]
-    # cloned: the optimiser works in place, and what was read from the checkpoint stays as it was
-    state = {
-        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved[names[p]]["state"].items()}
-        for p, i in position.items()
-        if saved[names[p]]["state"]
-    }
+    state = {}
+    for p, i in position.items():
+        record = saved[names[p]]
+        strides = record.get("strides", {})
+        if record["state"]:
+            state[i] = {entry: _copied(value, strides.get(entry)) for entry, value in record["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for p, i in position.items():
         for entry, value in state.get(i, {}).items():

@@ -223,8 +223,10 @@ def test_training_comes_near_the_exact_steps_of_heat(tmp_path):
 # ---------------------------------------------------------------- resume
 
 
-def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_its_buffer(tmp_path, monkeypatch):
-    whole, cut = trained(tmp_path, monkeypatch, "whole"), trained(tmp_path, monkeypatch, "cut", stop=21)
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_its_buffer(optimizer, tmp_path, monkeypatch):
+    whole = trained(tmp_path, monkeypatch, "whole", optimizer=optimizer)
+    cut = trained(tmp_path, monkeypatch, "cut", stop=21, optimizer=optimizer)
     assert whole["filled"] > 2 and whole["advanced"] > 0  # lives have ended, or nothing is shown
     for key, value in whole.items():
         assert torch.equal(value, cut[key]) if isinstance(value, torch.Tensor) else value == cut[key]
@@ -238,11 +240,13 @@ def test_without_the_buffer_a_run_goes_on_otherwise(tmp_path, monkeypatch):
     assert flow_of(tmp_path / "whole") != flow_of(tmp_path / "cut")
 
 
-def trained(tmp_path, monkeypatch, name, stop=None) -> dict:
+def trained(tmp_path, monkeypatch, name, stop=None, optimizer="adamw") -> dict:
     """The state of the buffer at the end of a run, which Ctrl-C cuts at step ``stop`` and the same command resumes."""
     from gengrad.training import loop
 
-    path = written(tmp_path, config(tmp_path / name, method={"jko_steps": 2, "curriculum": 0.2}))
+    raw = config(tmp_path / name, method={"jko_steps": 2, "curriculum": 0.2})
+    raw["train"] |= {"optimizer": optimizer}
+    path = written(tmp_path, raw)
     step, taken, ends = loop.Fitter.step, [], []
 
     def counted(self, progress):

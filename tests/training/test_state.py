@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
+from pytorch_optimizer import SOAP
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -160,6 +161,7 @@ def test_two_networks_of_equal_shapes_find_their_own_states_in_any_order():
         (torch.optim.Adagrad, {}),
         (torch.optim.Adafactor, {}),
         (torch.optim.NAdam, {}),
+        (SOAP, {"precondition_frequency": 2}),
     ],
 )
 def test_training_goes_on_bit_by_bit_after_a_reload(kind, chosen):
@@ -182,6 +184,19 @@ def test_training_goes_on_bit_by_bit_after_a_reload(kind, chosen):
     assert same(module_state(first), module_state(again_first))
     assert same(module_state(second), module_state(again_second))
     assert same(state, untouched)  # the optimiser works on copies
+
+
+def test_a_matrix_that_is_stored_by_columns_comes_back_by_columns():
+    optimizer = SOAP([nn.Parameter(torch.zeros(5, 4))])  # its eigenbases are: products with them round by the order
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.randn(5, 4)
+    optimizer.step()
+    optimizer.state[weight]["Q"][0] = torch.randn(5, 5).mT
+    saved = through_bytes(optimizer_state_by_name(optimizer, {"weight": weight}))
+    again = SOAP([weight])
+    load_optimizer_state_by_name(again, {"weight": weight}, saved)
+    one, two = optimizer.state[weight]["Q"][0], again.state[weight]["Q"][0]
+    assert one.equal(two) and one.stride() == two.stride() == (1, 5)
 
 
 def test_float32_averages_of_bfloat16_weights_keep_their_bits():

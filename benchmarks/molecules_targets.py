@@ -3,11 +3,12 @@
     python benchmarks/molecules_targets.py --autoencoder FOLDER [--parts two,leads] [--data FILE] [--n 20000]
                                            [--seeds 3] [--leads 40] [--calls 100] [--runs FOLDER] [--out FILE.json]
 
-two: QED as high as it goes, logP between 1 and 3. ``nsgf`` scores the n molecules (of --data, else of the enumerated
-library), moves 1,000 of those with a total below 0.25 toward those of 0.85 and more, and scores what comes out: n +
-1,000 calls. Random screening of molecules drawn by the seed and the genetic algorithm have as many. A hit has a QED of
-at least 0.85 and a logP within [1, 3]. ``rate``: hits that were not known before among the last 1,000 calls, once each;
-``hits``: of all calls. CPU-seconds without the autoencoder's training; of baselines with the standardising of --data.
+two: QED as high as it goes, logP between 1 and 3. ``nsgf`` and ``entropic_map`` score the n molecules (of --data, else
+of the enumerated library), move 1,000 of those with a total below 0.25 toward those of 0.85 and more, and score what
+comes out: n + 1,000 calls. Random screening of molecules drawn by the seed and the genetic algorithm have as many. A
+hit has a QED of at least 0.85 and a logP within [1, 3]. ``rate``: hits that were not known before among the last 1,000
+calls, once each; ``hits``: of all calls. CPU-seconds without the autoencoder's training; of baselines with the
+standardising of --data.
 leads: molecules of QED below 0.7 that are none of the n, each to be improved within --calls scorer calls, at a Tanimoto
 similarity of 0.4 or more and with its Murcko scaffold; a success gains 0.1 of QED. Proposals by the latent space with
 and without the surrogate of a run (--run, else the one that part two leaves), by graph mutations and by screening the n
@@ -41,7 +42,7 @@ from gengrad.molecules.objective import read_objective
 from gengrad.molecules.scoring import score
 from gengrad.molecules.searching import run_baseline
 
-CONFIG = Path(__file__).parents[1] / "configs" / "molecules" / "qed_nsgf.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs" / "molecules"
 MADE = 1000  # molecules that a flow makes
 FRESH = 2000  # molecules of which leads are taken
 
@@ -60,14 +61,14 @@ def hit(row: dict) -> bool:
     return bool(row["qed"]) and float(row["qed"]) >= 0.85 and 1 <= float(row["logp"]) <= 3
 
 
-def flow_hits(given: argparse.Namespace, seed: int) -> dict:
-    """The flow's cell of part two; its run stays for the part leads."""
-    folder, file = given.runs / f"two_{seed}", given.runs / "molecules.smi"
+def flow_hits(method: str, given: argparse.Namespace, seed: int) -> dict:
+    """A flow's cell of part two; its run stays for the part leads."""
+    folder, file = given.runs / f"two_{method}_{seed}", given.runs / "molecules.smi"
     places = [f"data.path={file}", f"data.autoencoder_from={given.autoencoder}", f"out={folder}"]
     target = [f"data.objective={json.dumps(WISHED)}", "data.surrogate.explored=0", "data.at_least=0.85"]
     changes = [*target, "source.at_most=0.25", f"evaluate.n={MADE}", f"seed={seed}", f"evaluate.seed={seed}"]
     began = cpu_seconds()
-    outcome = chain.train(load_config(CONFIG, [*places, *changes]), quiet=True)
+    outcome = chain.train(load_config(CONFIGS / f"qed_{method}.yaml", [*places, *changes]), quiet=True)
     if not outcome.finished:
         raise SystemExit(128 + outcome.signal)
     cpu, cloud = cpu_seconds() - began, Cloud.load(folder / "latents")
@@ -127,7 +128,8 @@ def cells(given: argparse.Namespace) -> dict[str, Callable[[], dict]]:
     }
     for seed in range(given.seeds):
         if "two" in given.parts.split(","):
-            found[f"two/{two}/nsgf/{seed}"] = lambda s=seed: flow_hits(given, s)
+            for method in ("nsgf", "entropic_map"):
+                found[f"two/{two}/{method}/{seed}"] = lambda m=method, s=seed: flow_hits(m, given, s)
             for method in ("random", "graph-ga"):
                 found[f"two/{two}/{method}/{seed}"] = lambda m=method, s=seed: baseline_hits(m, given, s)
         if "leads" in given.parts.split(","):
@@ -165,7 +167,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_molecules_targets"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "molecules_targets.json")
     given = parser.parse_args()
-    given.run = given.run or given.runs / "two_0"
+    given.run = given.run or given.runs / "two_nsgf_0"
     listed(clean(given), given.runs / "molecules.smi")
     print(summary(fill(given.out, cells(given), given.only)))
 

@@ -47,7 +47,7 @@ class JKOOperator(Method):
     loss, and updates in turn with trajectories of the current operator. The rest is ours: the network, the buffer
     and its rules, the densities carried along. ``docs/operator.md`` says which.
 
-    A measure is a cloud of ``particles`` that the context sees and as many others on which the objective is taken.
+    A measure is a cloud: ``seen`` particles for the context, and ``particles`` others on which the objective is taken.
     """
 
     learns = "operator"
@@ -59,6 +59,7 @@ class JKOOperator(Method):
         jko_steps: int = Field(10, ge=1, validation_alias=AliasChoices("jko_steps", "flow_steps"))
         initial: Families = Field(["gaussians", "mixtures"], validate_default=True)
         particles: int = Field(256, ge=4)
+        seen: int | None = Field(None, ge=4)  # particles of the context; none: as many
         anchors: int = Field(1024, ge=4)  # particles of the source that the flow's samples follow
         buffer: int = Field(128, ge=1)  # states that the operator has moved; 0 ages where rollout is false
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
@@ -174,9 +175,10 @@ class OperatorStage(Stage):
             self.samples = problem.target.sample(config.target_samples, generator)
         samples = self.samples.to(problem.device) if len(self.samples) else None
         self.functional = build_expression(config.functional, problem.target, samples)
-        self.d, self.half = problem.target.event_shape[0], config.particles
+        self.d, self.seen = problem.target.event_shape[0], config.seen or config.particles
+        self.size = self.seen + config.particles
         self.clouds = partial(clouds, config.initial)
-        self.states = StateBuffer(config.initial, config.buffer, 2 * self.half, self.d, self._energy, problem.seed)
+        self.states = StateBuffer(config.initial, config.buffer, self.size, self.d, self._energy, problem.seed)
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
@@ -185,7 +187,7 @@ class OperatorStage(Stage):
             self._advance(part)
         *batch, ages = self._batch(part, generator)
         jko, network = JKOProblem(self.functional, self._tau(generator)), networks["operator"]
-        seen, (x, log_rho, score) = batch[0][:, : self.half], (values[:, self.half :] for values in batch)
+        seen, (x, log_rho, score) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
         if not jko.needs_density:
             loss = step_loss(jko, x, network(x, seen, jko.tau))
         elif has_pairs(jko.functional):
@@ -212,7 +214,7 @@ class OperatorStage(Stage):
     def _batch(self, part: Part, generator: torch.Generator) -> list[Tensor]:
         """Clouds, log densities, scores and ages: this process's rows of the batch, fresh measures first."""
         fresh = part.size if not self.config.rollout else math.ceil(self.config.fresh * part.size)
-        batch = [*self.clouds(fresh, 2 * self.half, self.d, generator), torch.zeros(fresh, dtype=torch.long)]
+        batch = [*self.clouds(fresh, self.size, self.d, generator), torch.zeros(fresh, dtype=torch.long)]
         if fresh < part.size:
             rows, states = self.states.pick(part.size - fresh, generator), self.states
             older = (states.x, states.log_rho, states.score, states.age)
@@ -227,7 +229,7 @@ class OperatorStage(Stage):
 
         def move(*state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             x, log_rho, score = (values.to(device) for values in state)
-            seen = x[:, : self.half]
+            seen = x[:, : self.seen]
             if not self.functional.needs_density:
                 return push(network, x, tau, particles=seen)[0].cpu(), state[1], state[2]
             y, det, after = pushed_density(network, x, seen, tau, score)
@@ -250,7 +252,7 @@ class OperatorStage(Stage):
     @torch.no_grad()
     def _energy(self, x: Tensor, log_rho: Tensor) -> Tensor:
         device = self.problem.device
-        x, log_rho = x[:, self.half :].to(device), log_rho[:, self.half :].to(device)
+        x, log_rho = x[:, self.seen :].to(device), log_rho[:, self.seen :].to(device)
         return energies_of(self.functional, x, log_rho)
 
     def state(self) -> dict:
@@ -265,7 +267,7 @@ class OperatorStage(Stage):
         c, p, network = self.config, self.problem, networks["operator"]
         x = matched(draw(p.source, 0, c.anchors, p.seed, "operator/anchors").flatten(1).double(), p.source.moments())
         anchors = rollout(network, x.float().to(p.device), c.tau, c.jko_steps)[:-1]
-        fresh = self.clouds(SEEN, 2 * self.half, self.d, generator_for(p.seed, "operator/family"))[0]
+        fresh = self.clouds(SEEN, self.size, self.d, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x]))
         data = settings_of(p.target) if takes(c.functional, "density") else None
         samples = self.samples.to(p.device)

@@ -37,8 +37,11 @@ class KernelMoments(torch.autograd.Function):
 
 
 def _kernel(x: Tensor, particles: Tensor, h: Tensor) -> Tensor:
-    squared = x.square().sum(-1, keepdim=True) + particles.square().sum(-1)[..., None, :] - 2 * x @ particles.mT
-    return (squared * (-0.5 / h**2)).clamp_(-60, 0).exp_()  # above the floats that a CPU is slow with
+    """exp(-|x - s|^2 / (2 h^2)): the exponent is one product, of (x, -|x|^2/2, 1)/h^2 and (s, 1, -|s|^2/2)."""
+    left = torch.cat([x, -0.5 * x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1) / h**2
+    ones, squared = torch.ones_like(particles[..., :1]), particles.square().sum(-1, keepdim=True)
+    exponent = left @ torch.cat([particles, ones, -0.5 * squared], -1).mT
+    return exponent.clamp_(-60, 0).exp_()  # above the floats that a CPU is slow with
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

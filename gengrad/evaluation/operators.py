@@ -84,8 +84,8 @@ def judge_rollout(
 
     start = before = energy(state)
     for k in range(1, steps + 1):
-        after = push(transport.network, state[0], transport.tau, state[1], seen)
-        seen, state = push(transport.network, seen, transport.tau)[0], after
+        after = push(transport.network, state[0], transport.tau, state[1], seen, transport.told())
+        seen, state = push(transport.network, seen, transport.tau, weights=transport.told())[0], after
         row = {"step": k, "time": k * transport.tau, "energy_before": before, "energy": energy(state)}
         row["rose"] = not row["energy"] <= before + max(1e-6 * (1 + abs(before)), NOTICED * (start - before))
         if reference is not None:

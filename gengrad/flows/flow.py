@@ -221,15 +221,18 @@ class Flow(nn.Module):
 
     # ---------------------------------------------------------------- clouds of the user's, for a learned operator
 
-    def step(self, points: Tensor, tau: float | None = None) -> Tensor:
-        """One step of the learned operator on a cloud (n, d), or on each of many (clouds, n, d), of any n."""
-        return operator.step(self, points, tau)
+    def step(self, points: Tensor, tau: float | None = None, weights: dict[str, float] | None = None) -> Tensor:
+        """One step of the learned operator on a cloud (n, d), or on each of many (clouds, n, d), of any n.
+
+        ``tau``, ``weights`` of the energy's terms by their names: where it was trained for several.
+        """
+        return operator.step(self, points, tau, weights)
 
     def evolve(self, points: Tensor, n_steps: int, **options) -> operator.Evolution:
         """``n_steps`` steps of the learned operator on a cloud (n, d), with energies and, where given, densities.
 
         ``log_density``: log rho at the points (n,), or what has ``log_density(x)``; ``energies``: None (where known),
-        True (``ValueError`` where not), False; ``tau``: where trained for several. Raises ``ValueError`` for what is
+        True (``ValueError`` where not), False; ``tau``, ``weights`` as in ``step``. Raises ``ValueError`` for what is
         no cloud of this space, and warns of one far outside of the training family.
         """
         return operator.evolve(self, points, n_steps, **options)

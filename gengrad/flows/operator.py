@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from gengrad.flows.asked import whole
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
-from gengrad.functionals.expression import build_expression, has_pairs
+from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
 from gengrad.networks.set_operator import determinant
 from gengrad.registry import DATASETS, NETWORKS, settings_of
 
 if TYPE_CHECKING:
     from gengrad.flows.flow import Flow
 
+SETTINGS = ("tau", "terms", "data", "family", "taus", "weights")  # of a transport, plain data
 PAIRS = 4096  # particles whose energy is taken where every one meets every other
 FAR = 0.25  # of the width of the training family outside of it from which on a warning is given
 
@@ -31,7 +33,8 @@ class OperatorTransport(Transport):
     Samples of the flow follow ``anchors`` (K, n, d): the measures mu_k as clouds that the operator has moved,
     the same for all samples, so that sample i does not depend on the batch that it comes in. ``terms``, ``data`` and
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
-    the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``.
+    the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``; ``weights`` the range of
+    the weight of each term of that name, where it takes others than those of ``terms``.
     """
 
     kind = "operator"
@@ -39,16 +42,17 @@ class OperatorTransport(Transport):
     def __init__(
         self, network: nn.Module, anchors: Tensor, samples: Tensor, tau: float, terms: list[dict],
         data: dict | None = None, family: dict | None = None, taus: list[float] | None = None,
+        weights: dict[str, list[float]] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.network, self.tau, self.terms, self.data = network, tau, terms, data
-        self.family, self.taus = family, taus
+        self.family, self.taus, self.weights = family, taus, weights
         self.register_buffer("anchors", anchors)
         self.register_buffer("samples", samples)
 
     def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
         for k in range(self.cost(nfe)):
-            x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau))
+            x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau, self.told()))
             yield x
 
     def cost(self, nfe: int | None = None) -> int:
@@ -63,9 +67,29 @@ class OperatorTransport(Transport):
         target = DATASETS.build(self.data) if self.data else None
         return build_expression(self.terms, target, self.samples if len(self.samples) else None)
 
+    def told(self) -> tuple[float, ...]:
+        """The weights of ``terms`` that the network is told."""
+        return told(self.terms, self.weights)
+
+    def reweighted(self, weights: Mapping[str, float] | None) -> OperatorTransport:
+        """The same operator for an energy with these weights of its terms; raises ``ValueError`` outside the ranges."""
+        if not weights:
+            return self
+        for name, weight in weights.items():
+            if name not in (self.weights or {}):
+                known = ", ".join(self.weights or {}) or "none"
+                raise ValueError(f"this operator was trained for one weight of {name!r}; method.weights had {known}")
+            low, high = self.weights[name]
+            if not low <= weight <= high:
+                raise ValueError(f"the weight {weight:g} of {name!r} is outside of {low:g} to {high:g}, which this "
+                                 "operator was trained for")  # fmt: skip
+        other = copy.copy(self)  # the network and the buffers are the same objects
+        other.terms = reweighted(self.terms, weights)
+        return other
+
     def describe(self) -> dict:
         shapes = {"anchors": list(self.anchors.shape), "samples": list(self.samples.shape)}
-        settings = {name: getattr(self, name) for name in ("tau", "terms", "data", "family", "taus")}
+        settings = {name: getattr(self, name) for name in SETTINGS}
         about = {"network": settings_of(self.network), "event_shape": list(self.network.event_shape)}
         return {"kind": self.kind, **about, **shapes, **settings}
 
@@ -74,7 +98,7 @@ class OperatorTransport(Transport):
         settings = {"kernels": 0, **description["network"]}  # none in flows from before there were kernels
         network = NETWORKS.build(settings, event_shape=tuple(description["event_shape"]))
         empty = [torch.zeros(description[name]) for name in ("anchors", "samples")]
-        return cls(network, *empty, *(description[name] for name in ("tau", "terms", "data", "family", "taus")))
+        return cls(network, *empty, *(description.get(name) for name in SETTINGS))
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
@@ -82,13 +106,14 @@ KINDS[OperatorTransport.kind] = OperatorTransport
 
 @torch.no_grad()
 def push(
-    network: nn.Module, x: Tensor, tau: float, log_rho: Tensor | None = None, particles: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    network: nn.Module, x: Tensor, tau: float, log_rho: Tensor | None = None, particles: Tensor | None = None,
+    weights: Sequence[float] = (),
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(T x, log rho'(T x)) for x (..., n, d), the context that of ``particles`` (default: x itself).
 
     log rho'(T x) = log rho(x) - log det DT(x); NaN where T folds, det DT <= 0. Without ``log_rho`` no determinant.
     """
-    context = network.context(x if particles is None else particles, tau)
+    context = network.context(x if particles is None else particles, tau, weights)
     if log_rho is None:
         return network(x, context), None
     moved, jacobian = network(x, context, jacobian=True)
@@ -96,11 +121,11 @@ def push(
 
 
 @torch.no_grad()
-def rollout(network: nn.Module, x: Tensor, tau: float, steps: int) -> Tensor:
+def rollout(network: nn.Module, x: Tensor, tau: float, steps: int, weights: Sequence[float] = ()) -> Tensor:
     """(steps + 1, ..., n, d): the cloud x and what the operator makes of it."""
     states = [x]
     for _ in range(steps):
-        states.append(push(network, states[-1], tau)[0])
+        states.append(push(network, states[-1], tau, weights=weights)[0])
     return torch.stack(states)
 
 
@@ -166,20 +191,22 @@ class Evolution:
         return self.states[-1]
 
 
-def step(flow: Flow, points: Tensor, tau: float | None = None) -> Tensor:
+def step(
+    flow: Flow, points: Tensor, tau: float | None = None, weights: Mapping[str, float] | None = None
+) -> Tensor:  # fmt: skip
     """One step of the flow's operator on a cloud (n, d), or on each of many (clouds, n, d), of any size."""
-    transport = operator_of(flow)
+    transport = operator_of(flow).reweighted(weights)
     tau, x = _tau(transport, tau), _checked(flow, points)
     with torch.inference_mode():
-        return _restored(flow, push(transport.network, x, tau)[0]).cpu()
+        return _restored(flow, push(transport.network, x, tau, weights=transport.told())[0]).cpu()
 
 
 def evolve(
-    flow: Flow, points: Tensor, n_steps: int, *, tau: float | None = None, log_density: object = None,
-    energies: bool | None = None,
+    flow: Flow, points: Tensor, n_steps: int, *, tau: float | None = None,
+    weights: Mapping[str, float] | None = None, log_density: object = None, energies: bool | None = None,
 ) -> Evolution:  # fmt: skip
     """``n_steps`` steps of the flow's operator on a cloud (n, d); ``Flow.evolve`` says what it takes and raises."""
-    transport, started = operator_of(flow), time.perf_counter()
+    transport, started = operator_of(flow).reweighted(weights), time.perf_counter()
     whole("n_steps", n_steps, "the number of JKO steps", least=1)
     tau, x = _tau(transport, tau), _checked(flow, points)
     if x.dim() != 2:
@@ -193,7 +220,7 @@ def evolve(
     known = log_rho is not None or not functional.needs_density
     states, densities, values, rest = [x], [log_rho], [], functional.needs_density
     for _ in range(n_steps):
-        moved, log_rho = push(transport.network, states[-1], tau, log_rho)
+        moved, log_rho = push(transport.network, states[-1], tau, log_rho, weights=transport.told())
         states.append(moved)
         densities.append(log_rho)
     if known and energies is not False:

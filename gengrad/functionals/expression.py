@@ -7,6 +7,7 @@ functional: [{name: potential, potential: {name: quadratic}}, {name: entropy, we
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -96,6 +97,17 @@ def build_expression(terms: list[dict], target: object = None, samples: Tensor |
         functional = cls(config=config) if given is None else cls(given, config=config)
         built += [(term["weight"] * weight, part) for weight, part in terms_of(functional)]
     return built[0][1] if len(built) == 1 and built[0][0] == 1.0 else Sum(built)
+
+
+def reweighted(terms: list[dict], weights: Mapping[str, float]) -> list[dict]:
+    """The terms with other weights of those that are named."""
+    return [{**term, "weight": float(weights.get(term["name"], term["weight"]))} for term in terms]
+
+
+def told(terms: list[dict], names: Iterable[str] | None) -> tuple[float, ...]:
+    """The weights of the named terms, in the order of the names."""
+    weights = {term["name"]: term["weight"] for term in terms}
+    return tuple(weights[name] for name in names or ())
 
 
 def takes(terms: list[dict], what: str) -> bool:

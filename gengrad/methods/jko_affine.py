@@ -21,10 +21,14 @@ class NoMinimumError(ValueError):
 
 @dataclass(frozen=True)
 class JKOProblem:
-    """min over convex u of F(T_# rho) + E |T x - x|^2 / (2 tau), T = grad u (JKO-ICNN, arXiv 2106.00774, eq. 9)."""
+    """min over convex u of F(T_# rho) + E |T x - x|^2 / (2 tau), T = grad u (JKO-ICNN, arXiv 2106.00774, eq. 9).
+
+    ``weights``: those of the functional that a learned operator is told.
+    """
 
     functional: Functional
     tau: float
+    weights: tuple[float, ...] = ()
 
     @property
     def needs_density(self) -> bool:

@@ -78,7 +78,7 @@ class JKOICNN(Method):
         functional, position = self._functional_of(problem), 0
         carried = Carried(problem, self.config.cloud, self.config.outposts)
         start = self.config.init_from_operator
-        operator = operator_of(load(start, problem.device)) if start else None
+        operator = warm.told_for(operator_of(load(start, problem.device)), self.config.functional) if start else None
         for k in range(self.config.jko_steps):
             if k in updates:
                 if position == len(flow.transports):

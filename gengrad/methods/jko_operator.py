@@ -17,7 +17,7 @@ from gengrad.flows.density_cloud import matched
 from gengrad.flows.flow import Flow
 from gengrad.flows.operator import OperatorTransport, energies_of, family_of, push, rollout
 from gengrad.flows.transports import Transport
-from gengrad.functionals.base import Density
+from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import (
     Expression,
     build_expression,
@@ -26,7 +26,9 @@ from gengrad.functionals.expression import (
     lacks,
     needs_density,
     refuse_unbounded,
+    reweighted,
     takes,
+    told,
 )
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem
@@ -67,6 +69,8 @@ class JKOOperator(Method):
         rollout: bool = True  # false: initial measures alone, the ablation of the paper
         average: bool = True  # states are moved by the averaged weights; false: by the current ones
         taus: list[float] | None = None  # [least, largest] tau to train for, drawn evenly in the logarithm
+        # the same of the weight of the functional's term of that name: one operator for a family of energies
+        weights: dict[str, list[float]] | None = None
         target_samples: int = Field(256, ge=2)  # of the data, for functionals that compare with samples
 
         @model_validator(mode="after")
@@ -74,6 +78,13 @@ class JKOOperator(Method):
             refuse_unbounded(self.functional)
             if self.taus is not None and not (len(self.taus) == 2 and 0 < self.taus[0] <= self.tau <= self.taus[1]):
                 raise ValueError(f"taus are [least, largest] around tau={self.tau:g}; got {self.taus}")
+            names = [term["name"] for term in self.functional]
+            for name, given in (self.weights or {}).items():
+                if names.count(name) != 1:
+                    raise ValueError(f"weights of {name!r}: the functional has {names.count(name)} terms of that name")
+                (own,) = told(self.functional, [name])
+                if not (len(given) == 2 and 0 < given[0] <= own <= given[1] < math.inf):
+                    raise ValueError(f"weights of {name!r} are [least, largest] around its own, {own:g}; got {given}")
             return self
 
     def least_nfe(self) -> int:
@@ -112,7 +123,7 @@ def step_loss(
 
 def loss_by_log_det(jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor) -> Tensor:
     """``step_loss`` through log det DT: for any density, also one that ends at an edge."""
-    y, jacobian = network(x, seen, jko.tau, jacobian=True)
+    y, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True)
     return step_loss(jko, x, y, log_rho, log_without_folds(determinant(jacobian)))
 
 
@@ -127,14 +138,14 @@ def loss_by_score(
     """
     flat = [values.flatten(0, 1) for values in (moved, log_rho - det.log(), after)]
     field = gradient_of(jko.functional, flat[0], Density(flat[1], flat[2])).view_as(x) + (moved - x) / jko.tau
-    slope = (field * network(x, seen, jko.tau)).sum(-1).mean()
+    slope = (field * network(x, seen, jko.tau, jko.weights)).sum(-1).mean()
     with torch.no_grad():
         value = step_loss(jko, x, moved, log_rho, det.log())
     return value + slope - slope.detach()
 
 
 def pushed_density(
-    network: nn.Module, x: Tensor, seen: Tensor, tau: float, score: Tensor
+    network: nn.Module, x: Tensor, seen: Tensor, jko: JKOProblem, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T x, det DT, grad log rho'(T x)) for x and score (measures, n, d), detached; the context that of ``seen``.
 
@@ -142,10 +153,10 @@ def pushed_density(
     """
     if not bool(score.isfinite().any()):  # no measure is smooth
         with torch.no_grad():
-            moved, jacobian = network(x, seen, tau, jacobian=True)
+            moved, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True)
         return moved, determinant(jacobian), score
     with torch.no_grad():
-        context = network.context(seen, tau)
+        context = network.context(seen, jko.tau, jko.weights)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         moved, jacobian = network(leaf, context, jacobian=True)
@@ -158,6 +169,11 @@ def pushed_density(
     return moved.detach(), det, torch.linalg.solve(safe.mT, (score - slope)[..., None])[..., 0]
 
 
+def _between(low: float, high: float, generator: torch.Generator) -> float:
+    """Drawn evenly in the logarithm."""
+    return math.exp(math.log(low) + math.log(high / low) * float(torch.rand((), generator=generator)))
+
+
 class OperatorStage(Stage):
     """The operator's training: batches of measures, of which the buffer's grow older as the operator moves them."""
 
@@ -168,13 +184,14 @@ class OperatorStage(Stage):
         network = problem.make_network().to(problem.device)
         if config.taus is not None and not network.config.on_tau:
             raise ValueError(f"method.taus={config.taus} asks for several tau, which the network must see: on_tau=true")
+        if network.config.on_weights != (count := len(config.weights or {})):
+            raise ValueError(f"method.weights has {count} terms, which the network must be told: on_weights={count}")
         self.networks, self.averages = {"operator": network}, {}
         self.samples = torch.empty(0, *problem.target.event_shape)
         if takes(config.functional, "samples"):
             generator = generator_for(problem.seed, "functional/target")
             self.samples = problem.target.sample(config.target_samples, generator)
-        samples = self.samples.to(problem.device) if len(self.samples) else None
-        self.functional = build_expression(config.functional, problem.target, samples)
+        self.functional = self._functional(config.functional)
         self.d, self.seen = problem.target.event_shape[0], config.seen or config.particles
         self.size = self.seen + config.particles
         self.clouds = partial(clouds, config.initial)
@@ -186,10 +203,10 @@ class OperatorStage(Stage):
         if self.config.rollout and part.piece == 0 and part.step and part.step % EVERY == 0:
             self._advance(part)
         *batch, ages = self._batch(part, generator)
-        jko, network = JKOProblem(self.functional, self._tau(generator)), networks["operator"]
+        jko, network = self._problem(generator), networks["operator"]
         seen, (x, log_rho, score) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
         if not jko.needs_density:
-            loss = step_loss(jko, x, network(x, seen, jko.tau))
+            loss = step_loss(jko, x, network(x, seen, jko.tau, jko.weights))
         elif has_pairs(jko.functional):
             loss = loss_by_log_det(jko, network, x, seen, log_rho)
         else:
@@ -200,7 +217,7 @@ class OperatorStage(Stage):
     def _mixed(self, jko: JKOProblem, network: nn.Module, *batch: Tensor) -> Tensor:
         """The loss by scores where measures have one, and by log det for the others, each by its share."""
         x, seen, log_rho, score = batch
-        moved, det, after = pushed_density(self.networks["operator"], x, seen, jko.tau, score)
+        moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
         if smooth.any():
@@ -224,36 +241,47 @@ class OperatorStage(Stage):
     def _advance(self, part: Part) -> None:
         network = self.averages.get("operator") if self.config.average else None
         network = network or self.networks["operator"]
-        generator = generator_for(self.problem.seed, "operator/tau", part.step)
-        tau, device = self._tau(generator), self.problem.device
+        jko = self._problem(generator_for(self.problem.seed, "operator/tau", part.step))
+        device = self.problem.device
 
         def move(*state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             x, log_rho, score = (values.to(device) for values in state)
             seen = x[:, : self.seen]
             if not self.functional.needs_density:
-                return push(network, x, tau, particles=seen)[0].cpu(), state[1], state[2]
-            y, det, after = pushed_density(network, x, seen, tau, score)
+                y = push(network, x, jko.tau, particles=seen, weights=jko.weights)[0]
+                return y.cpu(), state[1], state[2]
+            y, det, after = pushed_density(network, x, seen, jko, score)
             return y.cpu(), (log_rho - det.log()).cpu(), after.cpu()  # a fold: NaN, so that the state is dropped
 
         count = max(1, self.config.buffer // 4)
-        self.states.advance(move, count, self._horizon(part.step))
+        energy = partial(self._energy, functional=jko.functional) if self.config.weights else None
+        self.states.advance(move, count, self._horizon(part.step), energy)
 
     def _horizon(self, step: int) -> int:
         """From 1 to ``jko_steps`` over the curriculum's share of the training."""
         share = step / (self.config.curriculum * self.steps) if self.config.curriculum else 1.0
         return 1 + math.floor((self.config.jko_steps - 1) * min(1.0, share))
 
-    def _tau(self, generator: torch.Generator) -> float:
-        if self.config.taus is None:
-            return self.config.tau
-        low, high = (math.log(tau) for tau in self.config.taus)
-        return math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+    def _functional(self, terms: list[dict]) -> Functional:
+        samples = self.samples.to(self.problem.device) if len(self.samples) else None
+        return build_expression(terms, self.problem.target, samples)
+
+    def _problem(self, generator: torch.Generator) -> JKOProblem:
+        """The step that this batch is trained on, or moved by: tau and weights evenly in their logarithms."""
+        tau, functional, weights = self.config.tau, self.functional, ()
+        if self.config.taus is not None:
+            tau = _between(*self.config.taus, generator)
+        if self.config.weights:
+            drawn = {name: _between(*ends, generator) for name, ends in self.config.weights.items()}
+            weights = tuple(drawn.values())
+            functional = self._functional(reweighted(self.config.functional, drawn))
+        return JKOProblem(functional, tau, weights)
 
     @torch.no_grad()
-    def _energy(self, x: Tensor, log_rho: Tensor) -> Tensor:
+    def _energy(self, x: Tensor, log_rho: Tensor, functional: Functional | None = None) -> Tensor:
         device = self.problem.device
         x, log_rho = x[:, self.seen :].to(device), log_rho[:, self.seen :].to(device)
-        return energies_of(self.functional, x, log_rho)
+        return energies_of(functional or self.functional, x, log_rho)
 
     def state(self) -> dict:
         return {"states": self.states.state()}
@@ -266,9 +294,9 @@ class OperatorStage(Stage):
         """The operator, with the source's cloud moved by it as the anchors of samples."""
         c, p, network = self.config, self.problem, networks["operator"]
         x = matched(draw(p.source, 0, c.anchors, p.seed, "operator/anchors").flatten(1).double(), p.source.moments())
-        anchors = rollout(network, x.float().to(p.device), c.tau, c.jko_steps)[:-1]
+        anchors = rollout(network, x.float().to(p.device), c.tau, c.jko_steps, told(c.functional, c.weights))[:-1]
         fresh = self.clouds(SEEN, self.size, self.d, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x]))
         data = settings_of(p.target) if takes(c.functional, "density") else None
         samples = self.samples.to(p.device)
-        return OperatorTransport(network, anchors, samples, c.tau, c.functional, data, family, c.taus)
+        return OperatorTransport(network, anchors, samples, c.tau, c.functional, data, family, c.taus, c.weights)

@@ -31,9 +31,18 @@ def objections(config: Settings, shape: tuple[int, ...]) -> list[str]:
     if not low <= config.tau <= high:
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         problems.append(f"init_from_operator={start} was trained for tau={trained}; here tau={config.tau:g}")
-    if operator.terms != config.functional:
-        problems.append(f"init_from_operator={start} descends another functional than method.functional")
+    try:
+        if told_for(operator, config.functional).terms != config.functional:
+            problems.append(f"init_from_operator={start} descends another functional than method.functional")
+    except ValueError as error:
+        problems.append(f"init_from_operator={start}: {error}")
     return problems
+
+
+def told_for(operator: OperatorTransport, terms: list[dict]) -> OperatorTransport:
+    """The operator for the weights of ``terms``, where it takes several; raises ``ValueError`` outside their ranges."""
+    wanted = {term["name"]: term["weight"] for term in terms if term["name"] in (operator.weights or {})}
+    return operator.reweighted(wanted)
 
 
 def fitted(network: nn.Module, operator: OperatorTransport, x: Tensor, tau: float, steps: int) -> nn.Module:
@@ -43,7 +52,7 @@ def fitted(network: nn.Module, operator: OperatorTransport, x: Tensor, tau: floa
     """
     network = copy.deepcopy(network)
     x = x.float()
-    y = push(operator.network, x, tau, particles=x[:SEEN])[0]
+    y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told())[0]
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():

@@ -44,10 +44,11 @@ class StateBuffer:
         self.energy[rows] = self.energy_of(x, log_rho)
 
     @torch.no_grad()
-    def advance(self, push: Push, count: int, horizon: int) -> None:
+    def advance(self, push: Push, count: int, horizon: int, energy_of: Energy | None = None) -> None:
         """Moves the next ``count`` states by one step; ``push(x, log rho, score)`` gives all three after.
 
-        A state whose points or densities are not finite, or whose energy rose, is dropped.
+        A state whose points or densities are not finite, or whose energy rose, is dropped. ``energy_of``: the energy of
+        this step, where it is another one than the buffer's.
         """
         rows = torch.arange(self.position, self.position + count) % len(self.x)
         self.position = int(self.position + count) % len(self.x)
@@ -55,8 +56,8 @@ class StateBuffer:
         sound = x.isfinite().all(-1).all(-1) & log_rho.isfinite().all(-1)
         energy = torch.full((len(rows),), math.inf, dtype=torch.float64)
         if sound.any():
-            energy[sound] = self.energy_of(x[sound], log_rho[sound])
-        before = self.energy[rows]
+            energy[sound] = (energy_of or self.energy_of)(x[sound], log_rho[sound])
+        before = energy_of(self.x[rows], self.log_rho[rows]) if energy_of else self.energy[rows]
         kept = sound & (energy <= before + RISE * (1 + before.abs()))  # false for NaN too
         self.x[rows[kept]], self.log_rho[rows[kept]], self.score[rows[kept]] = x[kept], log_rho[kept], score[kept]
         self.energy[rows], self.age[rows] = energy, self.age[rows] + 1

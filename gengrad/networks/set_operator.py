@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,9 @@ class Context:
     """What a map knows of a measure; leading dimensions (...) are those of the clouds, none or (sets,).
 
     ``mean`` (..., 1, d), ``scale`` (..., 1, 1): of the cloud; ``known`` (..., 1, f): its moments and, where asked for,
-    log tau; ``away`` (..., N, d): the particles, shifted and scaled by these; ``keys``, ``values`` (..., heads,
-    tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d), ``ascent`` (..., 1, kernels): coefficients.
+    log tau and the logarithms of the energy's weights; ``away`` (..., N, d): the particles, shifted and scaled by mean
+    and scale; ``keys``, ``values`` (..., heads, tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d),
+    ``ascent`` (..., 1, kernels): coefficients.
     """
 
     mean: Tensor
@@ -106,7 +108,8 @@ class SetOperator(nn.Module, Configured):
     point finds by attention to them and of the density around it, ``smoothed`` by ``kernels`` widths, plus the slopes
     of these by coefficients from the tokens: what a step of an internal energy depends on most. Equivariant under
     permutations of the cloud, unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context
-    takes log tau too, so that one network serves many tau. Differentiable in its weights, and once in x; not in the
+    takes log tau too, so that one network serves many tau; ``on_weights``: so many weights of the energy, by their
+    logarithms. Differentiable in its weights, and once in x; not in the
     cloud where ``kernels`` see it.
     """
 
@@ -119,6 +122,7 @@ class SetOperator(nn.Module, Configured):
         tokens: int = Field(16, ge=1)
         blocks: int = Field(2, ge=1)
         on_tau: bool = False
+        on_weights: int = Field(0, ge=0)
         kernels: int = Field(4, ge=0, le=8)  # widths sqrt(8 tau) / 2^k at which a point sees the density around it
 
         @model_validator(mode="after")
@@ -134,7 +138,7 @@ class SetOperator(nn.Module, Configured):
             raise ValueError(f"network 'set_operator' moves clouds of points (d,), not events {tuple(event_shape)}")
         self.event_shape, (self.d,) = tuple(event_shape), event_shape
         c, d = self.config, self.d
-        known = d + 1 + d * (d + 1) // 2 + c.on_tau
+        known = d + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights
         self.particle = perceptron(2 * d + known, c.width, 1, c.width, "silu")
         self.induced = nn.Parameter(torch.randn(c.blocks + 1, c.tokens, c.width))
         self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
@@ -147,10 +151,17 @@ class SetOperator(nn.Module, Configured):
             for parameter in (*self.affine.parameters(), *self.head[-1].parameters()):
                 parameter.zero_()
 
-    def context(self, particles: Tensor, tau: float) -> Context:
-        """The context of clouds (..., N, d) for a step of length ``tau``; raises ``ValueError`` where tau is none."""
+    def context(self, particles: Tensor, tau: float, weights: Sequence[float] = ()) -> Context:
+        """The context of clouds (..., N, d) for a step of length ``tau`` of an energy with these ``weights``.
+
+        Raises ``ValueError`` where tau is none, and for another number of weights than ``on_weights``.
+        """
         if tau is None or not 0 < tau < math.inf:
             raise ValueError(f"a step of an operator has a length tau > 0; got {tau}")
+        if len(weights) != self.config.on_weights:
+            raise ValueError(
+                f"this operator is told {self.config.on_weights} weights of the energy; got {len(weights)}"
+            )
         mean = particles.mean(-2, keepdim=True)
         away = particles - mean
         scale = away.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
@@ -160,6 +171,7 @@ class SetOperator(nn.Module, Configured):
         known = [mean, scale.log(), covariance]
         if self.config.on_tau:
             known.append(torch.full_like(scale, math.log(tau)))
+        known += [torch.full_like(scale, math.log(weight)) for weight in weights]
         known = torch.cat(known, -1)
         h = self.particle(_beside(particles, away, known))
         for level, gather in enumerate(self.gather):
@@ -172,14 +184,15 @@ class SetOperator(nn.Module, Configured):
         return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau)
 
     def forward(
-        self, x: Tensor, measure: Context | Tensor, tau: float | None = None, jacobian: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, x: Tensor, measure: Context | Tensor, tau: float | None = None, weights: Sequence[float] = (),
+        jacobian: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """T(x; mu), like x (..., n, d); with ``jacobian`` also DT (..., n, d, d). ``measure``: mu as a context, or as
 
-        a cloud (..., N, d) with ``tau``. DT comes of d forward-mode derivatives with the context held fixed; raises
-        ``ValueError`` above d = 3, where its determinant is not written out.
+        a cloud (..., N, d) with ``tau`` and ``weights``. DT comes of d forward-mode derivatives with the context held
+        fixed; raises ``ValueError`` above d = 3, where its determinant is not written out.
         """
-        context = measure if isinstance(measure, Context) else self.context(measure, tau)
+        context = measure if isinstance(measure, Context) else self.context(measure, tau, weights)
         return self._jacobian(x, context) if jacobian else self._moved(x, context)
 
     def _widths(self, context: Context) -> list[Tensor]:

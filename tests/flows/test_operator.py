@@ -174,6 +174,30 @@ def test_other_taus_are_taken_where_they_were_trained():
         flow.step(x, tau=0.5)
 
 
+def test_other_weights_of_the_energy_are_taken_where_they_were_trained(tmp_path):
+    flow, x = operator_flow(terms=[{"name": "entropy"}, {"name": "potential", "potential": "quadratic"}]), cloud()
+    transport = flow.transports[0]
+    transport.weights = {"potential": [0.5, 2.0]}
+    transport.network = SetOperator(event_shape=(2,), width=8, tokens=2, heads=2, blocks=1, on_weights=1)
+    with torch.no_grad():
+        transport.network.particle[0].weight[:, -1] += 1.0
+        transport.network.affine.weight.normal_(std=0.1)  # no folds
+    flow.save(tmp_path / "run")
+    again = gengrad.load(tmp_path / "run")
+    assert torch.equal(again.step(x, weights={"potential": 2.0}), flow.step(x, weights={"potential": 2.0}))
+    assert not torch.allclose(flow.step(x), flow.step(x, weights={"potential": 2.0}))
+    assert torch.equal(flow.step(x), flow.step(x, weights={"potential": 1.0}))  # its own
+    # both energies at the start are mean log rho + weight mean |x|^2 / 2
+    ways = [flow.evolve(x, 1, log_density=torch.zeros(len(x)), weights={"potential": w}) for w in (1.0, 2.0)]
+    found = float(ways[1].energies[0] - ways[0].energies[0])
+    assert found == pytest.approx(float(x.square().sum(1).mean() / 2), rel=1e-5)
+    assert [term["weight"] for term in transport.terms] == [1.0, 1.0]  # nothing is left behind
+    with pytest.raises(ValueError, match=r"the weight 3 of 'potential' is outside of 0.5 to 2"):
+        flow.step(x, weights={"potential": 3.0})
+    with pytest.raises(ValueError, match=r"one weight of 'entropy'; method.weights had potential"):
+        flow.step(x, weights={"entropy": 0.5})
+
+
 def test_a_flow_without_an_operator_says_so():
     flow = Flow(Gaussian(mean=[0.0, 0.0]), [VelocityTransport(MLP(event_shape=(2,)))])
     for call in (lambda: flow.step(cloud()), lambda: flow.evolve(cloud(), 2)):

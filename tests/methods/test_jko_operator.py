@@ -113,7 +113,7 @@ def bent_operator(d):
 def test_the_pushed_score_is_the_gradient_of_the_pushed_density(d):
     """grad_y log rho'(y) = DT^{-T} grad_x [log rho(x) - log det DT(x)]; for a Gaussian, by autograd of the whole."""
     network, x = bent_operator(d), torch.randn(1, 6, d, dtype=torch.float64)
-    moved, det, after = pushed_density(network, x, x, 0.3, -x)
+    moved, det, after = pushed_density(network, x, x, JKOProblem(Entropy(), 0.3), -x)
     context = network.context(x, 0.3)
     for k in range(6):
         point = x[0, k]
@@ -144,7 +144,7 @@ def test_the_gradient_by_scores_is_that_through_log_det_on_average():
     log_rho, seen = -x[..., 0].square() / 2 - math.log(2 * math.pi) / 2, x[:, ::40]
     losses = (
         loss_by_log_det(jko, network, x, seen, log_rho),
-        loss_by_score(jko, network, x, seen, log_rho, *pushed_density(network, x, seen, 0.1, -x)),
+        loss_by_score(jko, network, x, seen, log_rho, *pushed_density(network, x, seen, jko, -x)),
     )
     assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-10)
     one, two = (
@@ -220,13 +220,53 @@ def test_training_comes_near_the_exact_steps_of_heat(tmp_path):
     assert max(row["share"] for row in rows) < 0.25 and max(abs(row["gap"]) for row in rows) < 0.25
 
 
+# ---------------------------------------------------------------- a family of energies
+
+SEVERAL = {"method.weights": {"entropy": [0.5, 2.0]}, "network.on_weights": 1}
+
+
+def test_one_operator_serves_the_weights_that_it_was_trained_for(tmp_path):
+    """w |x|^2 / 2 alone: the exact step is x / (1 + tau w); an operator for one w is wrong at both ends."""
+    ends, tau, errors = (0.5, 4.0), 0.5, {}
+    for name, changes in (("one", {}), ("several", {"weights": {"potential": list(ends)}})):
+        raw = config(
+            tmp_path / name, data={"dimension": 1}, network={"on_weights": len(changes), "kernels": 0},
+            method={"functional": {"name": "potential", "potential": "quadratic", "weight": 1.4}, "tau": tau,
+                    "jko_steps": 2, **changes}, train={"steps": 400, "lr": 1e-2, "optimizer": "soap"},
+        )  # fmt: skip
+        assert main(["train", str(written(tmp_path, raw))]) == 0
+        flow = gengrad.load(tmp_path / name)
+        x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(1))
+        for weight in ends:
+            moved = flow.step(x, weights={"potential": weight} if changes else None)
+            truth = x / (1 + tau * weight)
+            errors[name, weight] = float((moved - truth).norm() / (x - truth).norm())
+    assert max(errors["several", w] for w in ends) < 0.1 and min(errors["one", w] for w in ends) > 0.3, errors
+
+
+WRONG = {
+    "no such term": ({"weights": {"potential": [0.5, 2.0]}}, {"on_weights": 1}, "the functional has 0 terms"),
+    "not around its own": ({"weights": {"entropy": [2.0, 4.0]}}, {"on_weights": 1}, "around its own, 1; got"),
+    "not told": ({"weights": {"entropy": [0.5, 2.0]}}, {}, "on_weights=1"),
+    "nothing to tell": ({}, {"on_weights": 1}, "on_weights=0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_weights_that_cannot_be_are_refused(name, tmp_path, capsys):
+    method, network, says = WRONG[name]
+    path = written(tmp_path, config(tmp_path / "run", method=method, network=network))
+    assert main(["train", str(path)]) == 2
+    assert says in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
-def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_its_buffer(optimizer, tmp_path, monkeypatch):
-    whole = trained(tmp_path, monkeypatch, "whole", optimizer=optimizer)
-    cut = trained(tmp_path, monkeypatch, "cut", stop=21, optimizer=optimizer)
+@pytest.mark.parametrize("changes", [{}, {"train.optimizer": "soap"}, SEVERAL], ids=["adamw", "soap", "weights"])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_its_buffer(changes, tmp_path, monkeypatch):
+    whole = trained(tmp_path, monkeypatch, "whole", **changes)
+    cut = trained(tmp_path, monkeypatch, "cut", stop=21, **changes)
     assert whole["filled"] > 2 and whole["advanced"] > 0  # lives have ended, or nothing is shown
     for key, value in whole.items():
         assert torch.equal(value, cut[key]) if isinstance(value, torch.Tensor) else value == cut[key]
@@ -240,12 +280,14 @@ def test_without_the_buffer_a_run_goes_on_otherwise(tmp_path, monkeypatch):
     assert flow_of(tmp_path / "whole") != flow_of(tmp_path / "cut")
 
 
-def trained(tmp_path, monkeypatch, name, stop=None, optimizer="adamw") -> dict:
+def trained(tmp_path, monkeypatch, name, stop=None, **changes) -> dict:
     """The state of the buffer at the end of a run, which Ctrl-C cuts at step ``stop`` and the same command resumes."""
     from gengrad.training import loop
 
     raw = config(tmp_path / name, method={"jko_steps": 2, "curriculum": 0.2})
-    raw["train"] |= {"optimizer": optimizer}
+    for key, value in changes.items():
+        section, _, setting = key.partition(".")
+        raw[section][setting] = value
     path = written(tmp_path, raw)
     step, taken, ends = loop.Fitter.step, [], []
 

@@ -11,7 +11,7 @@ from gengrad.flows import Flow, OperatorTransport
 from gengrad.flows.operator import push
 from gengrad.functionals.expression import read_expression
 from gengrad.methods import JKOICNN, Problem
-from gengrad.methods.jko_warm import fitted
+from gengrad.methods.jko_warm import fitted, objections, told_for
 from gengrad.networks import ICNN, SetOperator
 
 TAU = 0.1
@@ -43,6 +43,17 @@ def test_the_potential_is_fitted_to_the_operators_map():
     assert left < 1e-2 and left < straight / 3  # better than any straight map
 
 
+def test_an_operator_for_several_weights_starts_one_of_them(tmp_path):
+    made = operator(terms=[{"name": "entropy", "weight": 0.5}])
+    made.weights = {"entropy": [0.25, 1.0]}
+    start = saved(tmp_path / "run", made)
+    for weight, says in ((0.3, None), (2.0, "the weight 2 of 'entropy' is outside of 0.25 to 1")):
+        functional = [{"name": "entropy", "weight": weight}]
+        found = objections(JKOICNN(functional=functional, tau=TAU, init_from_operator=start).config, (1,))
+        assert found == [] if says is None else says in found[0]
+    assert told_for(made, read_expression([{"name": "entropy", "weight": 0.3}])).told() == (0.3,)
+
+
 def test_a_start_that_is_worse_is_not_taken(tmp_path):
     """On a Gaussian the affine start is exact; an operator that bends the map cannot be better."""
     start = saved(tmp_path / "run", operator(bend=5.0))
@@ -63,7 +74,7 @@ def test_a_good_operator_starts_the_step_better_than_the_best_affine_map(tmp_pat
     law = GaussianMixture(means=[[-1.0], [1.0]], scales=[0.4, 0.4])
     line = Line.of(law.log_density, -6, 6)
     after = implicit_step(Entropy(), line, TAU)
-    exact = lambda network, x, tau, particles: (carried(line, after, x, x[:, 0])[0].float(), None)  # noqa: E731
+    exact = lambda network, x, tau, particles, weights: (carried(line, after, x, x[:, 0])[0].float(), None)  # noqa: E731
     monkeypatch.setattr(jko_warm, "push", exact)
     start = saved(tmp_path / "run", operator())
     stages = []

@@ -168,6 +168,17 @@ def test_only_with_on_tau_does_the_direction_depend_on_tau():
         assert torch.allclose(*g, atol=1e-12) is not on_tau
 
 
+def test_the_weights_of_the_energy_are_told_by_their_logarithms():
+    x, network = cloud(20, 2), operator(on_weights=2, kernels=0)
+    with torch.no_grad():  # what is told comes last
+        for first in (network.particle[0], network.point[0]):
+            first.weight[:, -2:] = torch.tensor([1.0, 0.5], dtype=first.weight.dtype)
+    one, two, three = (network(x, x, 0.1, weights) for weights in ((1.0, 4.0), (2.0, 1.0), (1.0, 1.0)))
+    assert torch.allclose(one, two, atol=1e-12) and not torch.allclose(one, three, atol=1e-4)  # log 2 = log 4 / 2
+    with pytest.raises(ValueError, match="told 2 weights of the energy; got 1"):
+        network.context(x, 0.1, (1.0,))
+
+
 def test_it_is_rebuilt_from_its_settings_and_takes_points_alone():
     network = operator()
     again = NETWORKS.build(settings_of(network), event_shape=(2,)).double()

@@ -1,6 +1,6 @@
 """The learned JKO operator against closed forms of the implicit step, a solver on the line, and the per-step solver.
 
-    python benchmarks/jko_operator.py [--quick] [--parts accuracy,ablation,speed,warm] [--only TEXT] [--seeds 1]
+    python benchmarks/jko_operator.py [--quick] [--parts accuracy,weights,ablation,speed,warm] [--only TEXT] [--seeds 1]
                                   [--steps N] [--runs FOLDER] [--out FILE.json]
 
 One cell is one (part, case, seed); the JSON is written after each, and cells that it holds are not computed again.
@@ -14,6 +14,7 @@ the run's Gaussian or profile (closed form); on the line also from 8 held-out me
 mixtures with twice as many components, and from 1,024 independent points of the training families,
 whose own implicit step differs from that of their law by the noise of the cloud. ``fell``: share of the rollouts in
 which the energy fell in every step.
+weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
 ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
 share over 8 held-out measures, step by step up to twice the horizon.
 speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
@@ -33,7 +34,7 @@ from pathlib import Path
 
 import torch
 from cells import fill
-from jko_operator_cells import ABLATIONS, CASES, config_of, trained
+from jko_operator_cells import ABLATIONS, CASES, SEVERAL, config_of, trained
 
 import gengrad
 from gengrad.config import read_config
@@ -78,6 +79,19 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
             for key, value in held.items()
             if key not in ("rollouts", "steps") and "along" not in key
         }
+    return found
+
+
+def several(seed: int, given: argparse.Namespace) -> dict:
+    flow, cpu = trained(config_of(SEVERAL, seed, given.steps), given.runs / f"{SEVERAL}_{seed}")
+    config, transport = flow.info["config"], operator_of(flow)
+    found = {"cpu_seconds": cpu, "train_steps": config["train"]["steps"]}
+    ((name, ends),) = transport.weights.items()
+    for weight in (ends[0], *transport.told(), ends[1]):
+        flow.transports[0] = transport.reweighted({name: weight})
+        count, steps = 2 if given.quick else ROLLOUTS, 2 * config["method"]["jko_steps"]
+        held = judge_held_out(flow, config["method"]["initial"], steps, count=count, n=1024, seed=seed + 1)
+        found |= {f"{weight:g}_{key}": held[key] for key in ("gap", "worst_gap", "share", "worst_share", "fell")}
     return found
 
 
@@ -168,6 +182,8 @@ def cells(given: argparse.Namespace) -> dict[str, Callable[[], dict]]:
         if "accuracy" in given.parts:
             for case in list(CASES)[:1] if given.quick else CASES:
                 found[f"accuracy/{case}/{seed}"] = lambda c=case, s=seed: accuracy(c, s, given)
+        if "weights" in given.parts:
+            found[f"weights/{SEVERAL}/{seed}"] = lambda s=seed: several(s, given)
         if "ablation" in given.parts:
             for variant in list(ABLATIONS)[:2] if given.quick else ABLATIONS:
                 found[f"ablation/{variant}/{seed}"] = lambda v=variant, s=seed: ablation(v, s, given)
@@ -194,7 +210,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="accuracy,ablation,speed,warm")
+    parser.add_argument("--parts", default="accuracy,weights,ablation,speed,warm")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps, instead of the configs' own")

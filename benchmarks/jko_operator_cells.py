@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "porous_medium_1": ("porous_medium", {}),
     "aggregation_1": ("aggregation", {}),
 }
+SEVERAL = "diffusions_1"  # for a range of weights of its energy
+CASES[SEVERAL] = ("diffusions", {})
 ABLATIONS: dict[str, dict] = {
     "full": {},
     "initial densities only": {"rollout": False},

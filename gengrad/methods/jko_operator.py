@@ -245,13 +245,16 @@ class OperatorStage(Stage):
         device = self.problem.device
 
         def move(*state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x, log_rho, score = (values.to(device) for values in state)
-            seen = x[:, : self.seen]
+            x, seen = state[0].to(device), state[0][:, : self.seen].to(device)
             if not self.functional.needs_density:
                 y = push(network, x, jko.tau, particles=seen, weights=jko.weights)[0]
                 return y.cpu(), state[1], state[2]
+            ahead = push(network, seen, jko.tau, weights=jko.weights)[0]  # whose densities nobody asks for
+            x, log_rho, score = (values[:, self.seen :].to(device) for values in state)
             y, det, after = pushed_density(network, x, seen, jko, score)
-            return y.cpu(), (log_rho - det.log()).cpu(), after.cpu()  # a fold: NaN, so that the state is dropped
+            # a fold has a NaN, so that the state is dropped
+            both = (ahead, y), (state[1][:, : self.seen], log_rho - det.log()), (state[2][:, : self.seen], after)
+            return tuple(torch.cat([half.cpu() for half in halves], 1) for halves in both)
 
         count = max(1, self.config.buffer // 4)
         energy = partial(self._energy, functional=jko.functional) if self.config.weights else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -112,8 +113,9 @@ def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dic
     reference = None
     if log_rho is not None:
         with suppress(ValueError):  # none is known
-            reference = reference_of(transport, source, x, log_rho)
-            reference(0)
+            candidate = reference_of(transport, source, x, log_rho)
+            candidate(1)
+            reference = candidate
     rows = judge_rollout(network, x, log_rho, steps, reference)
     given = log_rho if functional.needs_density else None
     return rows, flow.evolve(x, steps, log_density=given, energies=False)
@@ -131,40 +133,51 @@ def judge_held_out(
 ) -> dict:
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
-    ``fell``: the share of them whose energy fell in every step; where implicit steps are known, on the line and for
-    Gaussians (``referenced`` of the rollouts), ``gap`` and ``share`` of ``judge_rollout``, the largest of each rollout,
-    their mean and (``worst_``) the largest of all; ``_along``: the mean after each step.
+    ``fell``: the share of them whose energy fell in every step; ``folded``: of those in which the map folded, which
+    have no energy from there on; where implicit steps are known, on the line and for Gaussians (``referenced`` of the
+    rollouts, without those that folded), ``gap`` and ``share`` of ``judge_rollout``, the largest of each rollout, their
+    mean and (``worst_``) the largest of all; ``_along``: the mean after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
-    fell, gaps, shares = [], [], []  # gaps and shares: lists along the steps
+    fell, folded, gaps, shares = [], [], [], []  # gaps and shares: lists along the steps
     for number in range(count):
         generator = generator_for(seed, "operator/held out", number)
         settings = families[number % len(families)]
         members = FAMILIES.build(settings).members(1, d, generator)
         x = members.push(points_of_the_cube(1, n, d + members.spare, generator, even))
         log_rho = members.log_density(x)[0]
-        reference = None
-        with suppress(ValueError):  # none is known
-            if d == 1 and settings["name"] != "annuli":  # whose density has a gap
-                reference = on_the_line(transport, partial(_of_one, members), x[0], log_rho)
-            elif settings["name"] == "gaussians":
-                mean, factor = members.means[0, 0], members.factors[0, 0]
-                law = Gaussian(mean=mean.tolist(), covariance=(factor @ factor.mT).tolist())
-                reference = reference_of(transport, law, x[0], log_rho)
-            if reference is not None:
-                reference(1)
-        rows = judge_rollout(transport, x[0], log_rho, steps, reference)
+        rows = judge_rollout(transport, x[0], log_rho, steps, _known(transport, members, settings, x[0], log_rho))
         fell.append(not any(row["rose"] for row in rows))
-        if "gap" in rows[0]:
+        folded.append(not all(math.isfinite(row["energy"]) for row in rows))
+        if "gap" in rows[0] and not folded[-1]:
             gaps.append([abs(row["gap"]) for row in rows])
             shares.append([row["share"] for row in rows])
     found = {"rollouts": count, "referenced": len(gaps), "steps": steps, "fell": sum(fell) / count}
+    found["folded"] = sum(folded) / count
     for name, values in (("gap", gaps), ("share", shares)):
         if values:
             largest = [max(value) for value in values]
             found |= {name: sum(largest) / len(largest), f"worst_{name}": max(largest)}
             found[f"{name}_along"] = [sum(column) / len(column) for column in zip(*values)]
     return found
+
+
+def _known(
+    transport: OperatorTransport, members: Members, settings: dict, x: Tensor, log_rho: Tensor
+) -> Reference | None:  # fmt: skip
+    """The reference for the one member of a family, where implicit steps from it are known."""
+    reference = None
+    with suppress(ValueError):
+        if x.shape[1] == 1 and settings["name"] != "annuli":  # whose density has a gap
+            reference = on_the_line(transport, partial(_of_one, members), x, log_rho)
+        elif settings["name"] == "gaussians":
+            mean, factor = members.means[0, 0], members.factors[0, 0]
+            law = Gaussian(mean=mean.tolist(), covariance=(factor @ factor.mT).tolist())
+            reference = reference_of(transport, law, x, log_rho)
+        if reference is not None:
+            reference(1)  # says whether the solver takes this energy
+            return reference
+    return None
 
 
 def _of_one(members: Members, x: Tensor) -> Tensor:

@@ -94,6 +94,20 @@ def test_held_out_measures_are_judged_against_the_solver_on_the_line():
     assert found["share_along"] == [pytest.approx(found["share"])]
 
 
+def test_held_out_measures_of_an_energy_that_the_solver_does_not_take_have_no_reference():
+    transport = heat(terms=read_expression({"name": "interaction", "attraction": 2.0}), slope=-1.0)
+    flow = Flow(Gaussian(mean=[0.0]), [transport.float()])
+    found = judge_held_out(flow, read_families("gaussians"), 2, count=2, n=64, seed=0)
+    assert found["referenced"] == 0 and "gap" not in found and found["fell"] == 1 and found["folded"] == 0
+
+
+def test_a_rollout_that_folds_is_counted_and_has_no_gap():
+    flow = Flow(Gaussian(mean=[0.0]), [heat(slope=-2 / TAU).float()])  # turns the line round
+    families = read_families({"name": "gaussians", "reach": 0.0, "smallest": 1.0, "largest": 1.0})
+    found = judge_held_out(flow, families, 1, count=2, n=64, seed=0)
+    assert found["folded"] == 1 and found["fell"] == 0 and found["referenced"] == 0 and "gap" not in found
+
+
 def test_held_out_gaussians_of_the_plane_are_judged_against_their_closed_form():
     """The heat step of N(0, I) is x -> s x; an operator that makes it exactly has no gap; of mixtures none is known."""
     flow = Flow(Gaussian(mean=[0.0, 0.0]), [heat(d=2).float()])

@@ -133,6 +133,8 @@ def sample(given: Namespace) -> int:
     flow = _flow(given)
     codes = given.out is not None and given.out.suffix in (".npy", ".pt") and given.source is None
     if given.source is None:
+        if given.weights:
+            raise ValueError("--weights are those of an operator's energy: give --source POINTS.npy and --steps K too")
         _choose_phases(flow, given)
     if flow.info.get("config", {}).get("data", {}).get("name") == "latents" and not codes and given.steps is None:
         return sample_molecules(flow, given)
@@ -185,7 +187,8 @@ def _evolve(flow: Flow, given: Namespace) -> int:
 
     if given.source is None or given.steps is None:
         raise ValueError("--source POINTS.npy and --steps K go together: a cloud, and how many steps it is to make")
-    others = {"--n": given.n, "--nfe": given.nfe, "--solver": given.solver, "--class": given.label}
+    others = {"--n": given.n, "--nfe": given.nfe, "--solver": given.solver, "--class": given.label,
+              "--phase-1": given.phase_1}  # fmt: skip
     if surplus := [option for option, value in others.items() if value is not None]:
         raise ValueError(f"--source says which points and --steps how far; leave out {' and '.join(surplus)}")
     return evolve_cloud(flow, given)

@@ -59,6 +59,13 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     )
     operators.add_argument("--column", default=None, help="the SMILES column of a table (default: a usual name)")
     operators.add_argument("--steps", type=positive, default=None, help="JKO steps that an operator makes")
+    operators.add_argument(
+        "--weights",
+        type=weights,
+        default=None,
+        metavar="TERM=W[,...]",
+        help="weights of its energy's terms, where it was trained for several: entropy=0.3",
+    )
     parser.add_argument(
         "--trajectory",
         nargs="?",
@@ -118,7 +125,12 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         help="pull towards the class (1: none); other values take two evaluations for each one",
     )
     parser.add_argument("--phase-1", type=int, default=None, metavar="K", help="evaluations of the Sinkhorn phase")
-    parser.add_argument("--tau", type=float, default=None, help="start of the straight phase (default: predicted)")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        default=None,
+        help="start of the straight phase (default: predicted); of an operator: length of a step",
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +161,20 @@ def positives(text: str) -> list[int]:
     if not all(part.strip() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: numbers with a comma between each two are wanted, e.g. 5,10")
     return [positive(part) for part in parts]
+
+
+def weights(text: str) -> dict[str, float]:
+    """``entropy=0.3,potential=2``: numbers by name."""
+    found = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: a term's name and its weight are wanted, e.g. entropy=0.3"
+            ) from None
+    return found
 
 
 def seed(text: str) -> int:

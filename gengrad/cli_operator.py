@@ -28,7 +28,7 @@ def evolve_cloud(flow: Flow, given: Namespace) -> int:
         film = writable(Path(given.trajectory or Path(given.run) / "trajectory.gif"), (".gif",))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found = flow.evolve(points, given.steps)
+        found = flow.evolve(points, given.steps, tau=given.tau, weights=given.weights)
     for warning in told:
         print(f"gengrad: {warning.message}")
     print(f"{len(points)} points, {given.steps} steps, {found.nfe} network evaluations each, {found.seconds:.2f} s")

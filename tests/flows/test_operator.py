@@ -221,7 +221,27 @@ def test_the_command_moves_a_cloud_and_says_its_energy(tmp_path, capsys):
     assert (tmp_path / "way.gif").stat().st_size > 0
 
 
+def test_the_command_takes_other_steps_and_weights_where_they_were_trained(tmp_path, capsys):
+    flow, x = operator_flow(terms=TO_THE_CENTRE, taus=[0.05, 0.4]), cloud(40)
+    flow.transports[0].weights = {"potential": [0.5, 4.0]}
+    network = SetOperator(event_shape=(2,), width=8, tokens=2, heads=2, blocks=1, on_weights=1)
+    network.affine.load_state_dict(flow.transports[0].network.affine.state_dict())
+    flow.transports[0].network = network
+    flow.save(tmp_path / "run")
+    np.save(tmp_path / "points.npy", x.numpy())
+    command = ["sample", str(tmp_path / "run"), "--source", str(tmp_path / "points.npy"), "--steps", "2"]
+    assert main([*command, "--tau", "0.2", "--weights", "potential=2", "--out", str(tmp_path / "a.npy")]) == 0
+    found = flow.evolve(x, 2, tau=0.2, weights={"potential": 2.0})
+    assert np.allclose(np.load(tmp_path / "a.npy"), found.x.numpy(), atol=1e-6)
+    assert f"energy: {float(found.energies[0]):.6g}" in capsys.readouterr().out
+    assert float(found.energies[0]) == pytest.approx(2 * float(flow.evolve(x, 2).energies[0]))
+
+
 COMMANDS = {
+    "weights of samples": (["--n", "5", "--weights", "potential=2"], "--weights are those of an operator's energy"),
+    "weights out of reach": (
+        ["--source", "points.npy", "--steps", "2", "--weights", "entropy=2"], "one weight of 'entropy'",
+    ),
     "no file": (["--source", "none.npy", "--steps", "2"], "no such file"),
     "a text": (["--source", "text.npy", "--steps", "2"], "is no .npy file of numbers"),
     "a table": (["--source", "points.csv", "--steps", "2"], "a .npy file of points"),
@@ -230,7 +250,7 @@ COMMANDS = {
     "another dimension": (["--source", "space.npy", "--steps", "2"], "shape (n, 2); got (5, 3)"),
     "no number of steps": (["--source", "points.npy"], "--source POINTS.npy and --steps K go together"),
     "a number of samples as well": (["--source", "points.npy", "--steps", "2", "--n", "5"], "leave out --n"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -246,6 +266,12 @@ def test_a_mistake_with_the_command_is_one_message(name, tmp_path, monkeypatch, 
     assert main(["sample", "run", *arguments]) == 2
     told = capsys.readouterr().err
     assert says in told and "Traceback" not in told
+
+
+def test_weights_without_a_number_are_refused_by_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(tmp_path), "--source", "x.npy", "--steps", "2", "--weights", "entropy"])
+    assert "'entropy': a term's name and its weight are wanted" in capsys.readouterr().err
 
 
 def test_steps_of_nothing_are_refused_by_the_command(tmp_path, capsys):

@@ -28,6 +28,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "heat_2": ("fokker_planck", {"method": {"functional": "entropy"}}),
     "porous_medium_1": ("porous_medium", {}),
     "aggregation_1": ("aggregation", {}),
+    "attraction_repulsion_2": ("attraction_repulsion", {}),
+    "sinkhorn_2": ("sinkhorn", {}),
 }
 SEVERAL = "diffusions_1"  # for a range of weights of its energy
 CASES[SEVERAL] = ("diffusions", {})

@@ -15,7 +15,7 @@ from gengrad.functionals.expression import has_pairs
 
 ROLLOUTS = 8  # from held-out measures
 PARTICLES = 1024  # of each of them
-PAIRS = 2048  # particles of the rollout where every one meets every other
+PAIRS = 1024  # particles of the rollout from the source where every one meets every other; of the others, half of it
 
 
 def judge_operator(flow: Flow, folder: Path, *, n: int, seed: int) -> dict:
@@ -24,7 +24,8 @@ def judge_operator(flow: Flow, folder: Path, *, n: int, seed: int) -> dict:
     ``energy.png`` beside exact implicit steps where they are known, ``rollout.gif`` of the density, or of the points.
     """
     transport, config = operator_of(flow), flow.info["config"]["method"]
-    steps, n = 2 * config["jko_steps"], min(n, PAIRS) if has_pairs(transport.functional()) else n
+    pairs = has_pairs(transport.functional())
+    steps, n = 2 * config["jko_steps"], min(n, PAIRS) if pairs else n
     rows, way = judge_source(flow, steps, n=n, seed=seed)
     plotting.save(plotting.energy_figure(rows), folder / "energy.png")
     if way.log_density is not None and way.folded == 0 and way.x.shape[1] <= 2:
@@ -33,7 +34,7 @@ def judge_operator(flow: Flow, folder: Path, *, n: int, seed: int) -> dict:
     else:
         plotting.trajectory_gif(way.states[:, :1000], folder / "rollout.gif")
     held_out = {
-        name: judge_held_out(flow, families, steps, count=ROLLOUTS, n=PARTICLES, seed=seed)
+        name: judge_held_out(flow, families, steps, count=ROLLOUTS, n=PAIRS // 2 if pairs else PARTICLES, seed=seed)
         for name, families in (("as in training", config["initial"]), ("more components", more_components(config)))
     }
     lines = [steps_table(rows), "", held_out_table(held_out)]

@@ -1,4 +1,4 @@
-"""A learned operator judged step by step: against closed forms of the implicit step, or a solver on the line."""
+"""A learned operator judged step by step: against closed forms of the implicit step, or solvers of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gengrad.data.draws import draw, generator_for
 from gengrad.data.families import Members, points_of_the_cube
 from gengrad.data.gaussians import Gaussian
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
+from gengrad.flows.cloud_step import implicit_cloud_step
 from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import matched
 from gengrad.flows.flow import Flow
@@ -24,15 +25,16 @@ from gengrad.ot import bures_map
 from gengrad.registry import FAMILIES
 
 NOTICED = 1e-3  # of the fall since the start: a rise that counts, where a rollout has come to rest
-State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them
+State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them, where the energy needs it
 Reference = Callable[[int], State]  # step -> the state that exact implicit steps lead to, from the same points
 
 
-def reference_of(transport: OperatorTransport, law: Distribution, x: Tensor, log_rho: Tensor) -> Reference:
+def reference_of(transport: OperatorTransport, law: Distribution, x: Tensor, log_rho: Tensor | None) -> Reference:
     """Where exact implicit steps bring the points x (n, d) of ``law``; raises ``ValueError`` where nothing is known.
 
-    Gaussians under quadratic potentials and entropy, profiles that keep their shape: closed forms. On the line any
-    density under potential and internal energies: ``implicit_step``.
+    Gaussians under quadratic potentials and entropy, profiles that keep their shape: closed forms. Energies of
+    particles: the steps of the very cloud. On the line any density under potential and internal energies:
+    ``implicit_step``.
     """
     truth = truth_of_flow({"functional": transport.terms, "tau": transport.tau}, law)
     if isinstance(truth, GaussianTruth):
@@ -40,6 +42,8 @@ def reference_of(transport: OperatorTransport, law: Distribution, x: Tensor, log
     if isinstance(truth, RadialTruth):
         eye = torch.eye(x.shape[1], dtype=torch.float64)
         return lambda k: _affine(eye * truth.implicit(k) / truth.implicit(0), torch.zeros(1).double(), x, log_rho)
+    if not transport.functional().needs_density:
+        return of_the_cloud(transport, x)
     if x.shape[1] > 1:
         raise ValueError("no reference is known here: neither a closed form nor a density on the line")
     return on_the_line(transport, law.log_density, x, log_rho)
@@ -56,6 +60,18 @@ def on_the_line(
         while len(lines) <= k:
             lines.append(implicit_step(functional, lines[-1], transport.tau))
         return carried(lines[0], lines[k], x, log_rho)
+
+    return state
+
+
+def of_the_cloud(transport: OperatorTransport, x: Tensor) -> Reference:
+    """The reference by the steps of the cloud x itself under an energy of particles."""
+    functional, clouds = transport.functional(), [x.double()]
+
+    def state(k: int) -> State:
+        while len(clouds) <= k:
+            clouds.append(implicit_cloud_step(functional, clouds[-1], transport.tau))
+        return clouds[k], None
 
     return state
 
@@ -111,9 +127,9 @@ def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dic
         raise ValueError(f"the energy needs a density, which the source {source.name!r} does not have at its points")
     network = doubled(flow)[0]
     reference = None
-    if log_rho is not None:
+    if log_rho is not None or not functional.needs_density:
         with suppress(ValueError):  # none is known
-            candidate = reference_of(transport, source, x, log_rho)
+            candidate = reference_of(network, source, x, log_rho)
             candidate(1)
             reference = candidate
     rows = judge_rollout(network, x, log_rho, steps, reference)
@@ -134,9 +150,9 @@ def judge_held_out(
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
     ``fell``: the share of them whose energy fell in every step; ``folded``: of those in which the map folded, which
-    have no energy from there on; where implicit steps are known, on the line and for Gaussians (``referenced`` of the
-    rollouts, without those that folded), ``gap`` and ``share`` of ``judge_rollout``, the largest of each rollout, their
-    mean and (``worst_``) the largest of all; ``_along``: the mean after each step.
+    have no energy from there on; where implicit steps are known, on the line, for Gaussians and for energies of
+    particles (``referenced`` of the rollouts, without those that folded), ``gap`` and ``share`` of ``judge_rollout``,
+    the largest of each rollout, their mean and (``worst_``) the largest of all; ``_along``: the mean after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
     fell, folded, gaps, shares = [], [], [], []  # gaps and shares: lists along the steps
@@ -168,7 +184,9 @@ def _known(
     """The reference for the one member of a family, where implicit steps from it are known."""
     reference = None
     with suppress(ValueError):
-        if x.shape[1] == 1 and settings["name"] != "annuli":  # whose density has a gap
+        if not transport.functional().needs_density:
+            reference = of_the_cloud(transport, x)
+        elif x.shape[1] == 1 and settings["name"] != "annuli":  # whose density has a gap
             reference = on_the_line(transport, partial(_of_one, members), x, log_rho)
         elif settings["name"] == "gaussians":
             mean, factor = members.means[0, 0], members.factors[0, 0]

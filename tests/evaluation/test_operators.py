@@ -13,7 +13,7 @@ from gengrad.data.draws import generator_for
 from gengrad.data.families import read_families
 from gengrad.data.profiles import Barenblatt
 from gengrad.evaluation import operators
-from gengrad.evaluation.operators import judge_held_out, judge_rollout, on_the_line, reference_of
+from gengrad.evaluation.operators import judge_held_out, judge_rollout, judge_source, on_the_line, reference_of
 from gengrad.flows import Flow, OperatorTransport
 from gengrad.flows.density_cloud import matched
 from gengrad.functionals.expression import read_expression
@@ -95,10 +95,26 @@ def test_held_out_measures_are_judged_against_the_solver_on_the_line():
 
 
 def test_held_out_measures_of_an_energy_that_the_solver_does_not_take_have_no_reference():
-    transport = heat(terms=read_expression({"name": "interaction", "attraction": 2.0}), slope=-1.0)
-    flow = Flow(Gaussian(mean=[0.0]), [transport.float()])
+    both = [{"name": "interaction", "attraction": 2.0, "repulsion": None}, {"name": "entropy", "weight": 0.01}]
+    flow = Flow(Gaussian(mean=[0.0]), [heat(terms=read_expression(both), slope=-1.0).float()])
     found = judge_held_out(flow, read_families("gaussians"), 2, count=2, n=64, seed=0)
     assert found["referenced"] == 0 and "gap" not in found and found["fell"] == 1 and found["folded"] == 0
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_energies_of_particles_are_judged_by_the_steps_of_the_very_cloud(d):
+    """W(z) = |z|^2/2 draws every particle towards the mean: the step is x -> m + (x - m) / (1 + tau)."""
+    terms = read_expression({"name": "interaction", "attraction": 2.0, "repulsion": None})
+    round_one = {"reach": 0.0, "smallest": 1.0, "largest": 1.0}
+    families = read_families([{"name": "gaussians", **round_one}, {"name": "boxes", "reach": 0.0}])
+    for step, share in ((-1 / (1 + TAU), 0.0), (-0.5 / (1 + TAU), 0.5)):
+        transport = heat(d, slope=step, terms=terms)
+        flow = Flow(Gaussian(mean=[0.0] * d), [transport.float()])
+        found = judge_held_out(flow, families[:1], 1, count=2, n=512, seed=0)
+        assert found["referenced"] == 2 and found["worst_share"] == pytest.approx(share, abs=0.02)
+    assert judge_held_out(flow, families[1:], 1, count=1, n=512, seed=0)["referenced"] == 1
+    rows, _ = judge_source(flow, 2, n=100, seed=0)
+    assert rows[0]["share"] == pytest.approx(0.5, abs=0.05) and rows[0]["gap"] > 0.1
 
 
 def test_a_rollout_that_folds_is_counted_and_has_no_gap():

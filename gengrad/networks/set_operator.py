@@ -195,15 +195,16 @@ class SetOperator(nn.Module, Configured):
         context = measure if isinstance(measure, Context) else self.context(measure, tau, weights)
         return self._jacobian(x, context) if jacobian else self._moved(x, context)
 
-    def _widths(self, context: Context) -> list[Tensor]:
-        """Of the kernels, in the cloud's scale: the heat flow smooths by sqrt(2 tau) in a time tau."""
-        return [math.sqrt(8 * context.tau) / 2**level / context.scale for level in range(self.config.kernels)]
+    def _density(self, away: Tensor, context: Context, along: Tensor | None = None) -> tuple:
+        """``smoothed`` in the cloud's scale, from twice the width by which the heat flow smooths in a time tau."""
+        widest = math.sqrt(8 * context.tau) / context.scale
+        return smoothed(away, context.away, widest, self.config.kernels, along)
 
     def _moved(self, x: Tensor, context: Context) -> Tensor:
         c = context
         away, local, pushed = (x - c.mean) / c.scale, [], 0.0
         if self.config.kernels:
-            logs, slopes, *_ = smoothed(away, c.away, self._widths(c))
+            logs, slopes, *_ = self._density(away, c)
             local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
         h = self.ask(self.point(_beside(x, away, c.known, *local)), c.keys, c.values)
         return x + c.tau * (away @ c.linear.mT + c.shift + pushed + self.head(h))
@@ -217,7 +218,7 @@ class SetOperator(nn.Module, Configured):
         weight = self.point[0].weight
         v = along @ (weight[:, :d] + weight[:, d : 2 * d] / c.scale).mT
         if self.config.kernels:
-            logs, slopes, rises, turns = smoothed(away, c.away, self._widths(c), along / c.scale)
+            logs, slopes, rises, turns = self._density(away, c, along / c.scale)
             local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
             turned = (c.ascent[..., None, :] @ turns)[..., 0, :]
             v = v + torch.cat([rises, turns.flatten(-2)], -1) @ weight[:, -self.config.kernels * (d + 1) :].mT

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import gengrad
 from gengrad.cli_arguments import Parser, add_evaluate, add_sample, add_train, positive
+from gengrad.cli_doctor import doctor
 from gengrad.cli_latent import sample_molecules
 from gengrad.cli_molecules import add_molecules
 
@@ -188,7 +189,7 @@ def _evolve(flow: Flow, given: Namespace) -> int:
     if given.source is None or given.steps is None:
         raise ValueError("--source POINTS.npy and --steps K go together: a cloud, and how many steps it is to make")
     others = {"--n": given.n, "--nfe": given.nfe, "--solver": given.solver, "--class": given.label,
-              "--phase-1": given.phase_1}  # fmt: skip
+              "--phase-1": given.phase_1, "--guidance": None if given.guidance == 1 else given.guidance}  # fmt: skip
     if surplus := [option for option, value in others.items() if value is not None]:
         raise ValueError(f"--source says which points and --steps how far; leave out {' and '.join(surplus)}")
     return evolve_cloud(flow, given)
@@ -283,7 +284,10 @@ def _choose_phases(flow: Flow, given: Namespace) -> None:
     asked = {"--phase-1": ("phase_1", given.phase_1), "--tau": ("fixed_tau", given.tau)}
     asked = {option: pair for option, pair in asked.items() if pair[1] is not None}
     if asked and not flow.is_phased:
-        raise ValueError(f"this flow has no phases, so it takes no {' and no '.join(asked)}; nsgf_pp trains one")
+        raise ValueError(
+            f"this flow has no phases, so it takes no {' and no '.join(asked)}; nsgf_pp trains one"
+            + ("; an operator takes it with --source POINTS.npy and --steps K" if "--tau" in asked else "")
+        )
     flow.choose(dict(asked.values()))
 
 
@@ -292,21 +296,3 @@ def _settings(flow: Flow) -> dict:
     from gengrad.config import EvaluateSettings
 
     return EvaluateSettings().model_dump() | flow.info.get("config", {}).get("evaluate", {})
-
-
-def doctor(given: Namespace) -> int:
-    """``gengrad doctor``: versions and devices, for a bug report."""
-    import importlib
-
-    import torch
-
-    print(f"gengrad {gengrad.__version__}, Python {sys.version.split()[0]}, {sys.platform}")
-    packages = "torch torchvision accelerate torchmetrics torch_fidelity numpy scipy sklearn ot rdkit numba"
-    for name in packages.split():
-        try:
-            print(f"  {name:14s} {getattr(importlib.import_module(name), '__version__', 'installed')}")
-        except ImportError as error:
-            print(f"  {name:14s} missing ({error})")
-    cuda = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
-    print(f"  CUDA devices {cuda}\n  CPU threads  {torch.get_num_threads()}")
-    return 0

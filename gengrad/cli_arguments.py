@@ -168,6 +168,8 @@ def weights(text: str) -> dict[str, float]:
     found = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
+        if name.strip() in found:
+            raise argparse.ArgumentTypeError(f"{name.strip()!r} has two weights")
         try:
             found[name.strip()] = float(value)
         except ValueError:

@@ -155,7 +155,7 @@ def sample_molecules(trained, given) -> int:
         "--guidance": None if given.guidance == 1 else given.guidance,
         "--phase-1": given.phase_1,
     }
-    others |= {"--tau": given.tau, "--trajectory": given.trajectory}
+    others |= {"--tau": given.tau, "--weights": given.weights, "--trajectory": given.trajectory}
     if surplus := [option for option, value in others.items() if value is not None]:
         raise ValueError(f"a run on molecules takes no {' and no '.join(surplus)} when they are decoded; leave it out")
     if given.nfe and len(given.nfe) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 import gengrad
 from gengrad.checks import check_fit
-from gengrad.config import ConfigError, RunConfig, deciding
+from gengrad.config import ConfigError, RunConfig, deciding, read_config
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
 from gengrad.files import write_atomically
@@ -152,8 +153,11 @@ def _class_weights(config: RunConfig, target: Distribution) -> list[float] | Non
 
 
 def _same_config(found: Checkpoint, config: RunConfig) -> None:
-    """A run goes on only under the config it began with."""
-    before, now = deciding(found.shared["config"]), deciding(config.resolved())
+    """A run goes on only under the config it began with; a key that has come since has its default there."""
+    begun = found.shared["config"]
+    with suppress(ConfigError):  # a key of that time is no more: told below, as any other difference
+        begun = read_config(begun).resolved()
+    before, now = deciding(begun), deciding(config.resolved())
     if before == now:
         return
     changed = [f"{key}: {a!r} there, {b!r} here" for key, a, b in _differences(before, now)]

@@ -142,6 +142,24 @@ def test_a_changed_config_does_not_go_on_with_the_old_run_but_may_start_from_its
     assert all((a[k] - b[k]).abs().max() < 1e-7 for k in a)
 
 
+def test_a_run_from_before_a_setting_came_goes_on_with_its_default(small, tmp_path, monkeypatch):
+    whole, half = small("whole", train=TRAIN), small("half", train=TRAIN)
+    assert main(["train", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 21)
+        assert main(["train", str(half)]) == 130
+    load = CheckpointStore.load_latest
+
+    def older(self):
+        found = load(self)
+        del found.shared["config"]["train"]["optimizer"], found.shared["config"]["method"]["pool"]
+        return found
+
+    monkeypatch.setattr(CheckpointStore, "load_latest", older)
+    assert main(["train", str(half)]) == 0
+    same_runs(tmp_path / "whole", tmp_path / "half")
+
+
 def test_a_loss_that_stays_not_finite_stops_the_run_and_keeps_a_replay(small, tmp_path, monkeypatch, capsys):
     from gengrad.methods import nsgf
 

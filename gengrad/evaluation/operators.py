@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -87,13 +88,13 @@ def judge_rollout(
 ) -> list[dict]:  # fmt: skip
     """One row a step of a rollout from x (n, d), the context from ``particles`` (default: x).
 
-    ``energy``, and where there is a reference ``energy_implicit``; ``gap``: their difference as a share of what the
-    reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``: the
-    reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy
-    rose in the step, by more than rounding and than a thousandth of its fall since the start.
+    ``energy``, and where a reference knows all steps ``energy_implicit``; ``gap``: their difference as a share of what
+    the reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``:
+    the reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step, by more
+    than rounding and than a thousandth of its fall since the start.
     """
     functional, seen = transport.functional(), x if particles is None else particles
-    needs = functional.needs_density
+    needs, truths = functional.needs_density, _solved(reference, steps)
     state, rows = (x, log_rho if needs else None), []
 
     def energy(state: State) -> float:
@@ -105,8 +106,8 @@ def judge_rollout(
         seen, state = push(transport.network, seen, transport.tau, weights=transport.told())[0], after
         row = {"step": k, "time": k * transport.tau, "energy_before": before, "energy": energy(state)}
         row["rose"] = not row["energy"] <= before + max(1e-6 * (1 + abs(before)), NOTICED * (start - before))
-        if reference is not None:
-            truth = reference(k)
+        if truths is not None:
+            truth = truths[k - 1]
             row["energy_implicit"] = energy(truth)
             row["gap"] = (row["energy"] - row["energy_implicit"]) / max(start - row["energy_implicit"], 1e-12)
             row["w2"] = float((state[0].double() - truth[0]).square().sum(1).mean().sqrt())
@@ -115,6 +116,15 @@ def judge_rollout(
         before = row["energy"]
         rows.append(row)
     return rows
+
+
+def _solved(reference: Reference | None, steps: int) -> list[State] | None:
+    """The states after steps 1 to ``steps``; none, with a warning, where one of them cannot be solved."""
+    try:
+        return None if reference is None else [reference(k) for k in range(1, steps + 1)]
+    except ValueError as error:
+        warnings.warn(f"a rollout is judged without reference: {error}", stacklevel=3)
+        return None
 
 
 def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dict], Evolution]:
@@ -129,9 +139,7 @@ def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dic
     reference = None
     if log_rho is not None or not functional.needs_density:
         with suppress(ValueError):  # none is known
-            candidate = reference_of(network, source, x, log_rho)
-            candidate(1)
-            reference = candidate
+            reference = reference_of(network, source, x, log_rho)
     rows = judge_rollout(network, x, log_rho, steps, reference)
     given = log_rho if functional.needs_density else None
     return rows, flow.evolve(x, steps, log_density=given, energies=False)
@@ -150,9 +158,10 @@ def judge_held_out(
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
     ``fell``: the share of them whose energy fell in every step; ``folded``: of those in which the map folded, which
-    have no energy from there on; where implicit steps are known, on the line, for Gaussians and for energies of
-    particles (``referenced`` of the rollouts, without those that folded), ``gap`` and ``share`` of ``judge_rollout``,
-    the largest of each rollout, their mean and (``worst_``) the largest of all; ``_along``: the mean after each step.
+    have no energy with a density from there on; where implicit steps are known, on the line, for Gaussians and for
+    energies of particles (``referenced`` of the rollouts, without those that folded), ``gap`` and ``share`` of
+    ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest of all; ``_along``: the mean
+    after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
     fell, folded, gaps, shares = [], [], [], []  # gaps and shares: lists along the steps
@@ -181,20 +190,17 @@ def judge_held_out(
 def _known(
     transport: OperatorTransport, members: Members, settings: dict, x: Tensor, log_rho: Tensor
 ) -> Reference | None:  # fmt: skip
-    """The reference for the one member of a family, where implicit steps from it are known."""
-    reference = None
-    with suppress(ValueError):
-        if not transport.functional().needs_density:
-            reference = of_the_cloud(transport, x)
-        elif x.shape[1] == 1 and settings["name"] != "annuli":  # whose density has a gap
-            reference = on_the_line(transport, partial(_of_one, members), x, log_rho)
-        elif settings["name"] == "gaussians":
-            mean, factor = members.means[0, 0], members.factors[0, 0]
-            law = Gaussian(mean=mean.tolist(), covariance=(factor @ factor.mT).tolist())
-            reference = reference_of(transport, law, x, log_rho)
-        if reference is not None:
-            reference(1)  # says whether the solver takes this energy
-            return reference
+    """The reference for the one member of a family, where implicit steps from it may be known."""
+    if not transport.functional().needs_density:
+        return of_the_cloud(transport, x)
+    if x.shape[1] == 1:
+        gap = settings["name"] == "annuli"  # in the density, which the solver does not take
+        return None if gap else on_the_line(transport, partial(_of_one, members), x, log_rho)
+    if settings["name"] == "gaussians":
+        mean, factor = members.means[0, 0], members.factors[0, 0]
+        law = Gaussian(mean=mean.tolist(), covariance=(factor @ factor.mT).tolist())
+        with suppress(ValueError):
+            return reference_of(transport, law, x, log_rho)
     return None
 
 

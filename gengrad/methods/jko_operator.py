@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
@@ -72,6 +72,14 @@ class JKOOperator(Method):
         # the same of the weight of the functional's term of that name: one operator for a family of energies
         weights: dict[str, list[float]] | None = None
         target_samples: int = Field(256, ge=2)  # of the data, for functionals that compare with samples
+
+        @field_validator("weights")
+        @classmethod
+        def _in_order(cls, given: dict | None, info: ValidationInfo) -> dict | None:
+            """The network is told them by place: in the order of the terms, whatever that of the file."""
+            names = [term["name"] for term in info.data.get("functional", ())]
+            known = [name for name in names if name in (given or {})]
+            return given and {name: given[name] for name in (*known, *given)}
 
         @model_validator(mode="after")
         def _can_be(self):

@@ -13,7 +13,14 @@ from gengrad.data.draws import generator_for
 from gengrad.data.families import read_families
 from gengrad.data.profiles import Barenblatt
 from gengrad.evaluation import operators
-from gengrad.evaluation.operators import judge_held_out, judge_rollout, judge_source, on_the_line, reference_of
+from gengrad.evaluation.operators import (
+    judge_held_out,
+    judge_rollout,
+    judge_source,
+    of_the_cloud,
+    on_the_line,
+    reference_of,
+)
 from gengrad.flows import Flow, OperatorTransport
 from gengrad.flows.density_cloud import matched
 from gengrad.functionals.expression import read_expression
@@ -115,6 +122,17 @@ def test_energies_of_particles_are_judged_by_the_steps_of_the_very_cloud(d):
     assert judge_held_out(flow, families[1:], 1, count=1, n=512, seed=0)["referenced"] == 1
     rows, _ = judge_source(flow, 2, n=100, seed=0)
     assert rows[0]["share"] == pytest.approx(0.5, abs=0.05) and rows[0]["gap"] > 0.1
+
+
+def test_a_reference_that_fails_on_the_way_is_left_out_and_told():
+    """W = |z| draws all particles into one point, a kink: the first steps are solved, later ones are not."""
+    terms = read_expression({"name": "interaction", "attraction": 1.0, "repulsion": None})
+    transport = heat(d=2, slope=-0.5, terms=terms, tau=0.2)
+    flow = Flow(Gaussian(mean=[0.0, 0.0]), [transport.float()])
+    of_the_cloud(transport, torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))(1)
+    with pytest.warns(UserWarning, match="without reference: the implicit step of the cloud did not converge"):
+        found = judge_held_out(flow, read_families("gaussians"), 12, count=1, n=64, seed=0)
+    assert found["referenced"] == 0 and "gap" not in found
 
 
 def test_a_rollout_that_folds_is_counted_and_has_no_gap():

@@ -59,6 +59,16 @@ def test_an_entropy_is_refused():
         implicit_cloud_step(Entropy(), cloud(10, 1), TAU)
 
 
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_the_steps_are_the_same_in_other_units(unit):
+    """W = z^2/2 keeps tau, whatever the unit of length; |z| has a kink at the minimum, and no unit hides that."""
+    x = cloud(40, 2)
+    y = implicit_cloud_step(InteractionEnergy(attraction=2.0, repulsion=None), unit * x, TAU)
+    assert torch.allclose(y / unit, x.mean(0) + (x - x.mean(0)) / (1 + TAU), atol=1e-5)
+    with pytest.raises(ValueError, match="did not converge"):
+        implicit_cloud_step(InteractionEnergy(attraction=1.0, repulsion=None), unit * x, 3 * unit)
+
+
 def test_a_step_that_does_not_end_is_told():
     class Rough(PotentialEnergy):
         """Its slope has nothing to do with its value."""

@@ -239,6 +239,8 @@ def test_the_command_takes_other_steps_and_weights_where_they_were_trained(tmp_p
 
 COMMANDS = {
     "weights of samples": (["--n", "5", "--weights", "potential=2"], "--weights are those of an operator's energy"),
+    "the length of steps of samples": (["--n", "5", "--tau", "0.2"], "an operator takes it with --source"),
+    "a pull of a cloud": (["--source", "points.npy", "--steps", "2", "--guidance", "3"], "leave out --guidance"),
     "weights out of reach": (
         ["--source", "points.npy", "--steps", "2", "--weights", "entropy=2"], "one weight of 'entropy'",
     ),
@@ -268,10 +270,13 @@ def test_a_mistake_with_the_command_is_one_message(name, tmp_path, monkeypatch, 
     assert says in told and "Traceback" not in told
 
 
-def test_weights_without_a_number_are_refused_by_the_command(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "weights, says", [("entropy", "'entropy': a term's name and its weight are wanted"), ("a=1,a=2", "two weights")]
+)
+def test_weights_that_are_none_are_refused_by_the_command(weights, says, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["sample", str(tmp_path), "--source", "x.npy", "--steps", "2", "--weights", "entropy"])
-    assert "'entropy': a term's name and its weight are wanted" in capsys.readouterr().err
+        main(["sample", str(tmp_path), "--source", "x.npy", "--steps", "2", "--weights", weights])
+    assert says in capsys.readouterr().err
 
 
 def test_steps_of_nothing_are_refused_by_the_command(tmp_path, capsys):

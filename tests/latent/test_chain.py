@@ -186,6 +186,7 @@ def test_leads_can_be_improved_by_a_run_whose_autoencoder_lies_elsewhere(folder,
     "more, says",
     [
         (["--solver", "heun"], "takes no --solver"),
+        (["--source", "my.csv", "--weights", "entropy=1"], "takes no --weights"),
         (["--out", "hits.txt"], ".csv, .sdf, .png"),
         (["--nfe", "2,3"], "one NFE"),
     ],

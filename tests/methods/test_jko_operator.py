@@ -244,6 +244,16 @@ def test_one_operator_serves_the_weights_that_it_was_trained_for(tmp_path):
     assert max(errors["several", w] for w in ends) < 0.1 and min(errors["one", w] for w in ends) > 0.3, errors
 
 
+def test_the_order_of_the_weights_is_that_of_the_terms(tmp_path):
+    """The network is told them by place, and a run goes on whatever the order in its file."""
+    terms, ranges = ["potential", "entropy"], {"entropy": [0.5, 2.0], "potential": [0.2, 3.0]}
+    functional = [{"name": "potential", "potential": "quadratic"}, "entropy"]
+    for order in (terms, terms[::-1]):
+        weights = {name: ranges[name] for name in order}
+        raw = config(tmp_path, method={"functional": functional, "weights": weights}, network={"on_weights": 2})
+        assert list(read_config(raw).method["weights"]) == terms
+
+
 WRONG = {
     "no such term": ({"weights": {"potential": [0.5, 2.0]}}, {"on_weights": 1}, "the functional has 0 terms"),
     "not around its own": ({"weights": {"entropy": [2.0, 4.0]}}, {"on_weights": 1}, "around its own, 1; got"),

@@ -31,6 +31,14 @@ class Members(ABC):
     def push(self, u: Tensor) -> Tensor:
         """u (count, n, d + spare) in the cube -> points (count, n, d) of the measures."""
 
+    def push_wide(self, u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Points like ``push``'s, more of them in the tails, and weights (count, n): means of w f(x) over u are those
+
+        of f over the measure. ``factor`` >= 1: how many times as far the tails are drawn; without tails weights are 1.
+        """
+        x = self.push(u)
+        return x, torch.ones(x.shape[:2], dtype=x.dtype)
+
     @abstractmethod
     def log_density(self, x: Tensor) -> Tensor:
         """log rho at x (count, n, d) -> (count, n)."""
@@ -100,26 +108,32 @@ Families = Annotated[list[dict], BeforeValidator(read_families)]
 
 
 def clouds(
-    families: Sequence[dict], count: int, n: int, dimension: int, generator: torch.Generator, even: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho (count, n), float32.
+    families: Sequence[dict], count: int, n: int, dimension: int, generator: torch.Generator, even: bool = True,
+    first: int | None = None, tails: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
-    ``even``: from a Sobol net of the cube, shifted at random for each measure (Cranley and Patterson 1976), of which
-    each half is spread evenly too where n is a power of two; else from independent points.
+    n), float32. ``even``: from a Sobol net of the cube, shifted at random for each measure (Cranley and Patterson
+    1976), of which each half is spread evenly too where n is a power of two; else from independent points. All but the
+    ``first`` points (default: n) reach ``tails`` times as far, by ``push_wide``; the weights of the first are 1.
     """
-    family_of = torch.randint(len(families), (count,), generator=generator)
+    family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first
     x, log_rho, score = torch.empty(count, n, dimension), torch.empty(count, n), torch.empty(count, n, dimension)
+    weight = torch.ones(count, n)
     for number, settings in enumerate(families):
         rows = (family_of == number).nonzero()[:, 0]
         if not len(rows):
             continue
         members = FAMILIES.build(settings).members(len(rows), dimension, generator)
         u = points_of_the_cube(len(rows), n, dimension + members.spare, generator, even)
-        points = members.push(u)
+        points = members.push(u[:, :first])
+        if first < n:
+            far, weights = members.push_wide(u[:, first:], tails)
+            points, weight[rows, first:] = torch.cat([points, far], 1), weights.float()
         # densities at the points as they are stored: on the edge of a support rounding decides
         x[rows], log_rho[rows] = points.float(), members.log_density(points).float()
         score[rows] = members.score(points).float()
-    return x, log_rho, score
+    return x, log_rho, score, weight
 
 
 def points_of_the_cube(count: int, n: int, k: int, generator: torch.Generator, even: bool = True) -> Tensor:

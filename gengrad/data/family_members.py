@@ -23,12 +23,17 @@ class GaussianMembers(Members):
         self.means, self.factors, self.weights = means, factors, weights
 
     def push(self, u: Tensor) -> Tensor:
-        z = math.sqrt(2) * torch.erfinv(2 * u[..., :-1].clamp(EDGE, 1 - EDGE) - 1)
+        return self.push_wide(u, 1.0)[0]
+
+    def push_wide(self, u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """z from N(0, factor^2) in each component, with the ratio of N(0, 1) to that as its weight."""
+        z = factor * math.sqrt(2) * torch.erfinv(2 * u[..., :-1].clamp(EDGE, 1 - EDGE) - 1)
+        weight = factor ** z.shape[-1] * (-(1 - factor**-2) / 2 * z.square().sum(-1)).exp()
         bounds = self.weights.cumsum(1)[:, :-1].contiguous()
         component = torch.searchsorted(bounds, u[..., -1].contiguous())
         means = torch.take_along_dim(self.means, component[..., None], 1)
         factors = torch.take_along_dim(self.factors, component[..., None, None], 1)
-        return means + (factors @ z[..., None])[..., 0]
+        return means + (factors @ z[..., None])[..., 0], weight
 
     def log_density(self, x: Tensor) -> Tensor:
         d = x.shape[-1]

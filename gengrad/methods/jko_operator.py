@@ -62,6 +62,8 @@ class JKOOperator(Method):
         initial: Families = Field(["gaussians", "mixtures"], validate_default=True)
         particles: int = Field(256, ge=4)
         seen: int | None = Field(None, ge=4)  # particles of the context; none: as many
+        # particles of the loss are drawn from Gaussians so many times as wide, and weighed: so tails are learned
+        tails: float = Field(1.5, ge=1)
         anchors: int = Field(1024, ge=4)  # particles of the source that the flow's samples follow
         buffer: int = Field(128, ge=1)  # states that the operator has moved; 0 ages where rollout is false
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
@@ -137,19 +139,36 @@ def loss_by_log_det(jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor
 
 def loss_by_score(
     jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor, moved: Tensor, det: Tensor,
-    after: Tensor,
+    after: Tensor, weight: Tensor,
 ) -> Tensor:  # fmt: skip
     """``step_loss`` with the gradient E <(T x - x) / tau + grad dF/drho'(T x), dT>, internal energies by parts.
 
     On average that is the gradient through log det, for smooth densities on all of space; but at the minimum it is
-    zero particle by particle. ``moved``, ``det``, ``after``: T x, det DT and the score there, of ``pushed_density``.
+    zero particle by particle. ``moved``, ``det``, ``after``: T x, det DT and the score there, of ``pushed_density``;
+    ``weight`` (measures, n): of the particles in the mean.
     """
     flat = [values.flatten(0, 1) for values in (moved, log_rho - det.log(), after)]
     field = gradient_of(jko.functional, flat[0], Density(flat[1], flat[2])).view_as(x) + (moved - x) / jko.tau
-    slope = (field * network(x, seen, jko.tau, jko.weights)).sum(-1).mean()
+    slope = (weight * (field * network(x, seen, jko.tau, jko.weights)).sum(-1)).mean()
     with torch.no_grad():
-        value = step_loss(jko, x, moved, log_rho, det.log())
+        value = step_loss(jko, *(taken(values, evened(weight)) for values in (x, moved, log_rho, det.log())))
     return value + slope - slope.detach()
+
+
+def evened(weight: Tensor) -> Tensor:
+    """Numbers (measures, n) of particles that weigh the same, for those of ``weight`` (measures, n).
+
+    Systematic resampling with the middle of each nth: where all weights are the same, each particle once.
+    """
+    n = weight.shape[-1]
+    shares = weight.double().cumsum(-1)
+    places = (torch.arange(n, dtype=torch.float64, device=weight.device) + 0.5) / n
+    return torch.searchsorted(shares / shares[..., -1:], places.expand_as(shares).contiguous()).clamp_max(n - 1)
+
+
+def taken(values: Tensor, numbers: Tensor) -> Tensor:
+    """The particles of these numbers (measures, n) of values (measures, n) or (measures, n, d)."""
+    return torch.take_along_dim(values, numbers if values.dim() == 2 else numbers[..., None], 1)
 
 
 def pushed_density(
@@ -202,8 +221,7 @@ class OperatorStage(Stage):
         self.functional = self._functional(config.functional)
         self.d, self.seen = problem.target.event_shape[0], config.seen or config.particles
         self.size = self.seen + config.particles
-        self.clouds = partial(clouds, config.initial)
-        self.states = StateBuffer(config.initial, config.buffer, self.size, self.d, self._energy, problem.seed)
+        self.states = StateBuffer(self._clouds, config.buffer, self._energy, problem.seed)
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
@@ -212,39 +230,46 @@ class OperatorStage(Stage):
             self._advance(part)
         *batch, ages = self._batch(part, generator)
         jko, network = self._problem(generator), networks["operator"]
-        seen, (x, log_rho, score) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
+        seen, (x, log_rho, score, weight) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
         if not jko.needs_density:
             loss = step_loss(jko, x, network(x, seen, jko.tau, jko.weights))
         elif has_pairs(jko.functional):
             loss = loss_by_log_det(jko, network, x, seen, log_rho)
         else:
-            loss = self._mixed(jko, network, x, seen, log_rho, score)
+            loss = self._mixed(jko, network, x, seen, log_rho, score, weight)
         dropped = self.states.dropped / max(self.states.advanced, 1)
         return loss, {"age": float(ages.float().mean()), "horizon": self._horizon(part.step), "dropped": dropped}
 
     def _mixed(self, jko: JKOProblem, network: nn.Module, *batch: Tensor) -> Tensor:
         """The loss by scores where measures have one, and by log det for the others, each by its share."""
-        x, seen, log_rho, score = batch
+        x, seen, log_rho, score, weight = batch
         moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
         if smooth.any():
-            given = (values[smooth] for values in (x, seen, log_rho, moved, det, after))
+            given = (values[smooth] for values in (x, seen, log_rho, moved, det, after, weight))
             total = total + smooth.double().mean().float() * loss_by_score(jko, network, *given)
         if not smooth.all():
+            # where a map folds far out, those few particles are what it is to learn: none weighs less there
             given = (values[~smooth] for values in (x, seen, log_rho))
             total = total + (~smooth).double().mean().float() * loss_by_log_det(jko, network, *given)
         return total
 
     def _batch(self, part: Part, generator: torch.Generator) -> list[Tensor]:
-        """Clouds, log densities, scores and ages: this process's rows of the batch, fresh measures first."""
+        """Clouds, log densities, scores, weights and ages: this process's rows of the batch, fresh measures first."""
         fresh = part.size if not self.config.rollout else math.ceil(self.config.fresh * part.size)
-        batch = [*self.clouds(fresh, self.size, self.d, generator), torch.zeros(fresh, dtype=torch.long)]
+        batch = [*self._clouds(fresh, generator), torch.zeros(fresh, dtype=torch.long)]
         if fresh < part.size:
             rows, states = self.states.pick(part.size - fresh, generator), self.states
-            older = (states.x, states.log_rho, states.score, states.age)
+            older = (states.x, states.log_rho, states.score, states.weight, states.age)
             batch = [torch.cat([new, old[rows]]) for new, old in zip(batch, older)]
         return [values[part.rows()].to(self.problem.device) for values in batch]
+
+    def _clouds(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fresh measures; what every particle meets every other in takes them as they are, without weights."""
+        weighed = self.functional.needs_density and not has_pairs(self.functional)
+        tails = self.config.tails if weighed else 1.0
+        return clouds(self.config.initial, count, self.size, self.d, generator, first=self.seen, tails=tails)
 
     def _advance(self, part: Part) -> None:
         network = self.averages.get("operator") if self.config.average else None
@@ -289,9 +314,9 @@ class OperatorStage(Stage):
         return JKOProblem(functional, tau, weights)
 
     @torch.no_grad()
-    def _energy(self, x: Tensor, log_rho: Tensor, functional: Functional | None = None) -> Tensor:
-        device = self.problem.device
-        x, log_rho = x[:, self.seen :].to(device), log_rho[:, self.seen :].to(device)
+    def _energy(self, x: Tensor, log_rho: Tensor, weight: Tensor, functional: Functional | None = None) -> Tensor:
+        numbers = evened(weight[:, self.seen :])
+        x, log_rho = (taken(values[:, self.seen :], numbers).to(self.problem.device) for values in (x, log_rho))
         return energies_of(functional or self.functional, x, log_rho)
 
     def state(self) -> dict:
@@ -306,8 +331,8 @@ class OperatorStage(Stage):
         c, p, network = self.config, self.problem, networks["operator"]
         x = matched(draw(p.source, 0, c.anchors, p.seed, "operator/anchors").flatten(1).double(), p.source.moments())
         anchors = rollout(network, x.float().to(p.device), c.tau, c.jko_steps, told(c.functional, c.weights))[:-1]
-        fresh = self.clouds(SEEN, self.size, self.d, generator_for(p.seed, "operator/family"))[0]
-        family = family_of(torch.cat([fresh, self.states.x]))
+        fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
+        family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
         data = settings_of(p.target) if takes(c.functional, "density") else None
         samples = self.samples.to(p.device)
         return OperatorTransport(network, anchors, samples, c.tau, c.functional, data, family, c.taus, c.weights)

@@ -9,39 +9,42 @@ import torch
 from torch import Tensor
 
 from gengrad.data.draws import generator_for
-from gengrad.data.families import clouds
 
 RISE = 1e-3  # relative rise of a state's energy in a step from which on it is dropped: more than rounding
 Push = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-Energy = Callable[[Tensor, Tensor], Tensor]
+Energy = Callable[[Tensor, Tensor, Tensor], Tensor]
+Clouds = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class StateBuffer:
     """``size`` clouds x (size, n, d) with log rho (size, n) and the score (size, n, d; NaN where a density is not
 
-    smooth), their ``age`` in steps and their energy.
+    smooth), the ``weight`` of each particle (size, n), their ``age`` in steps and their energy.
 
-    A state lives until its age reaches the horizon, or until it goes wrong: then a fresh initial measure takes its
-    place. The first lives have lengths from a step to the horizon, so that ages do not march in step afterwards.
-    Everything in it is a function of the seed and of the pushes it has seen; ``state`` holds all of it.
+    ``clouds(count, generator)`` makes fresh ones; ``energy(x, log rho, weight)`` is F of each. A state lives until its
+    age reaches the horizon, or until it goes wrong: then a fresh initial measure takes its place. The first lives have
+    lengths from a step to the horizon, so that ages do not march in step afterwards. Everything in it is a function of
+    the seed and of the pushes it has seen; ``state`` holds all of it.
     """
 
-    def __init__(self, families: list[dict], size: int, particles: int, dimension: int, energy: Energy, seed: int):
-        self.families, self.seed, self.energy_of = families, seed, energy
-        self.x, self.log_rho = torch.empty(size, particles, dimension), torch.empty(size, particles)
-        self.score = torch.empty(size, particles, dimension)
-        self.age, self.energy = torch.zeros(size, dtype=torch.long), torch.empty(size, dtype=torch.float64)
+    def __init__(self, clouds: Clouds, size: int, energy: Energy, seed: int):
+        self.clouds, self.seed, self.energy_of = clouds, seed, energy
+        self.age = torch.zeros(size, dtype=torch.long)
         self.share = (torch.randperm(size, generator=generator_for(seed, "operator/lives")) + 1).double() / size
         self.position = self.filled = self.dropped = self.advanced = 0
-        self._fill(torch.arange(size))
+        self.x, self.log_rho, self.score, self.weight = self._fresh(size)
+        self.energy = self.energy_of(self.x, self.log_rho, self.weight)
+
+    def _fresh(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = generator_for(self.seed, "operator/states", self.filled)
+        self.filled += 1
+        return self.clouds(count, generator)
 
     def _fill(self, rows: Tensor) -> None:
         """Fresh measures in ``rows``."""
-        generator = generator_for(self.seed, "operator/states", self.filled)
-        self.filled += 1
-        x, log_rho, score = clouds(self.families, len(rows), self.x.shape[1], self.x.shape[2], generator)
-        self.x[rows], self.log_rho[rows], self.score[rows], self.age[rows] = x, log_rho, score, 0
-        self.energy[rows] = self.energy_of(x, log_rho)
+        x, log_rho, score, weight = self._fresh(len(rows))
+        self.x[rows], self.log_rho[rows], self.score[rows], self.weight[rows] = x, log_rho, score, weight
+        self.age[rows], self.energy[rows] = 0, self.energy_of(x, log_rho, weight)
 
     @torch.no_grad()
     def advance(self, push: Push, count: int, horizon: int, energy_of: Energy | None = None) -> None:
@@ -52,12 +55,13 @@ class StateBuffer:
         """
         rows = torch.arange(self.position, self.position + count) % len(self.x)
         self.position = int(self.position + count) % len(self.x)
+        weight = self.weight[rows]  # stays as it is: the particles move with their mass
         x, log_rho, score = push(self.x[rows], self.log_rho[rows], self.score[rows])
         sound = x.isfinite().all(-1).all(-1) & log_rho.isfinite().all(-1)
         energy = torch.full((len(rows),), math.inf, dtype=torch.float64)
         if sound.any():
-            energy[sound] = (energy_of or self.energy_of)(x[sound], log_rho[sound])
-        before = energy_of(self.x[rows], self.log_rho[rows]) if energy_of else self.energy[rows]
+            energy[sound] = (energy_of or self.energy_of)(x[sound], log_rho[sound], weight[sound])
+        before = energy_of(self.x[rows], self.log_rho[rows], weight) if energy_of else self.energy[rows]
         kept = sound & (energy <= before + RISE * (1 + before.abs()))  # false for NaN too
         self.x[rows[kept]], self.log_rho[rows[kept]], self.score[rows[kept]] = x[kept], log_rho[kept], score[kept]
         self.energy[rows], self.age[rows] = energy, self.age[rows] + 1
@@ -74,9 +78,11 @@ class StateBuffer:
         return torch.multinomial(weights, count, replacement=True, generator=generator)
 
     def state(self) -> dict:
-        tensors = {name: getattr(self, name).clone() for name in ("x", "log_rho", "score", "age", "energy", "share")}
+        names = ("x", "log_rho", "score", "weight", "age", "energy", "share")
+        tensors = {name: getattr(self, name).clone() for name in names}
         return tensors | {name: getattr(self, name) for name in ("position", "filled", "dropped", "advanced")}
 
     def load_state(self, state: dict) -> None:
-        for name, value in state.items():
+        weightless = {"weight": torch.ones_like(state["log_rho"])}  # saved before there were weights
+        for name, value in (weightless | state).items():
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)

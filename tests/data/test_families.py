@@ -44,10 +44,35 @@ def test_the_samples_have_that_density(name, d):
 
 @pytest.mark.parametrize(("name", "d"), CASES)
 def test_every_sample_lies_where_its_density_is_positive(name, d):
-    x, log_rho, score = clouds([{"name": name}], 4, 256, d, generator())
+    x, log_rho, score, _ = clouds([{"name": name}], 4, 256, d, generator())
     assert x.shape == (4, 256, d) and log_rho.shape == (4, 256)
     assert x.isfinite().all() and log_rho.isfinite().all()
     assert score.isfinite().all() if name in ("gaussians", "mixtures") else score.isnan().all()
+
+
+@pytest.mark.parametrize(("name", "d"), CASES)
+def test_weighed_means_over_points_that_reach_farther_are_those_of_the_measure(name, d):
+    """E cos(w x) by both; Gaussians reach 1.5 times as far, what has an edge no farther."""
+    members = FAMILIES.build({"name": name, "reach": 0.5, "smallest": 0.5, "largest": 0.8}).members(2, d, generator())
+    u = points_of_the_cube(2, 16_384, d + members.spare, generator(1))
+    x, (far, weight) = members.push(u), members.push_wide(u, 1.5)
+    for w in (torch.full((d,), 1.0), torch.arange(1, d + 1).double()):
+        one, two = (x @ w.double()).cos().mean(1), (weight * (far @ w.double()).cos()).mean(1)
+        assert torch.allclose(one, two, atol=5e-3)
+    if members.smooth:
+        assert far.std(1).min() > 1.2 * x.std(1).min() and weight.std() > 0.3
+    else:
+        assert torch.equal(far, x) and (weight == 1).all()
+
+
+def test_the_first_points_of_clouds_are_of_the_measure_and_the_others_reach_farther():
+    x, log_rho, _, weight = clouds(read_families("gaussians"), 8, 256, 1, generator(), first=128, tails=1.5)
+    plain = clouds(read_families("gaussians"), 8, 256, 1, generator())
+    assert torch.equal(x[:, :128], plain[0][:, :128]) and torch.equal(log_rho[:, :128], plain[1][:, :128])
+    assert (weight[:, :128] == 1).all() and (plain[3] == 1).all()
+    ratio = x[:, 128:].std(1) / plain[0][:, 128:].std(1)
+    assert torch.allclose(ratio, torch.full_like(ratio, 1.5), atol=0.05)
+    assert log_rho[:, 128:].min() < plain[1][:, 128:].min()  # the measure's own density at them
 
 
 def test_the_score_of_a_gaussian_is_its_closed_form():

@@ -4,18 +4,22 @@ import math
 
 import torch
 
-from gengrad.data.families import read_families
+from gengrad.data.families import clouds, read_families
 from gengrad.methods.state_buffer import StateBuffer
 
 FAMILIES = read_families({"name": "gaussians", "reach": 0.5})
 
 
-def second_moment(x, log_rho):
-    return x.double().square().sum(-1).mean(-1)
+def second_moment(x, log_rho, weight):
+    return (weight * x.double().square().sum(-1)).mean(-1)
+
+
+def fresh(count, generator):
+    return clouds(FAMILIES, count, 16, 2, generator, first=8, tails=1.5)
 
 
 def buffer(size=12, seed=0):
-    return StateBuffer(FAMILIES, size, 16, 2, second_moment, seed)
+    return StateBuffer(fresh, size, second_moment, seed)
 
 
 def shrink(x, log_rho, score):
@@ -31,6 +35,24 @@ def test_a_state_moves_and_ages_and_keeps_its_place():
     assert torch.allclose(states.energy[:5], energy[:5] / 4) and states.age.tolist() == [1] * 5 + [0] * 7
     states.advance(shrink, 10, horizon=3)  # goes round
     assert states.age.tolist() == [2] * 3 + [1] * 9
+
+
+def test_weights_stay_with_their_particles_and_come_anew_with_fresh_ones():
+    states = buffer()
+    weight = states.weight.clone()
+    assert (weight[:, :8] == 1).all() and weight[:, 8:].std() > 0.1
+    states.share.fill_(1.0)
+    states.advance(shrink, 5, horizon=2)
+    assert torch.equal(states.weight, weight)
+    states.advance(shrink, 12, horizon=2)  # the next 7 and the first 5, which end
+    assert torch.equal(states.weight[5:], weight[5:]) and not torch.equal(states.weight[:5], weight[:5])
+
+
+def test_a_state_from_before_there_were_weights_has_none():
+    states, state = buffer(), buffer().state()
+    del state["weight"]
+    states.load_state(state)
+    assert torch.equal(states.weight, torch.ones(12, 16))
 
 
 def test_a_life_ends_at_the_horizon_with_a_fresh_measure():

@@ -13,8 +13,8 @@ E|X - X_ref|^2 over the same points, at least W2, as a share of the way since th
 the run's Gaussian or profile (closed form); on the line and for energies of particles also from 32 held-out measures of
 the training families (16 for energies of particles), of mixtures with twice as many components, and from independent
 points of the training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from
-that of their law by the noise of the cloud; for energies of particles the reference is the step of the very cloud. ``fell``: share of the rollouts in
-which the energy fell in every step.
+that of their law by the noise of the cloud; for energies of particles the reference is the step of the very cloud.
+``fell``: share of the rollouts in which the energy fell in every step.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
 ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
 share over 32 held-out measures, step by step up to twice the horizon.

@@ -41,14 +41,11 @@ import gengrad
 from gengrad.config import read_config
 from gengrad.data.draws import draw
 from gengrad.evaluation.operators import judge_held_out, judge_source, on_the_line
-from gengrad.files import read_json
 from gengrad.flows.operator import OperatorTransport, operator_of
 from gengrad.functionals.expression import has_pairs
-from gengrad.plotting.style import CURVES, curve_panel, legend_below, new_figure, save
 from gengrad.rollouts import more_components
 
 ROLLOUTS = 32
-TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 SOURCE = {"name": "gaussian_mixture", "means": [[-1.0], [1.0]], "scales": [0.5, 0.4]}  # of the parts speed and warm
 
 
@@ -215,23 +212,6 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def picture(results: dict, path: Path) -> None:
-    """The ablation of one seed: share and gap after each step, a line for each variant."""
-    figure, panels = new_figure(2, 9.0, 3.6)
-    for panel, label in zip(panels, ("distance to exact steps / way", "energy gap / fall")):
-        curve_panel(panel, "steps", label)
-        panel.set_yscale("log")
-        panel.set_yticks(TICKS, [f"{100 * tick:g} %" for tick in TICKS])
-        panel.set_yticks([], minor=True)
-        panel.set_xticks([1, 5, 10, 15, 20])
-    for colour, variant in zip(CURVES, ABLATIONS):
-        for panel, values in zip(panels, results.get(f"ablation/{variant}/0", {}).get("along", ())):
-            shown = [math.nan if value is None else value for value in values]
-            panel.plot(range(1, len(shown) + 1), shown, color=colour, label=variant, linewidth=1.5)
-    legend_below(figure, panels[0], 3)
-    save(figure, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="accuracy,weights,ablation,speed,warm")
@@ -241,10 +221,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/operator_benchmark"))
     parser.add_argument("--quick", action="store_true", help="few steps, one seed: shows that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "jko_operator.json")
-    parser.add_argument("--picture", type=Path, default=None, help="a PNG of the ablation in --out, and nothing else")
     given = parser.parse_args()
-    if given.picture:
-        return picture(read_json(given.out), given.picture)
     torch.set_num_threads(1)
     if given.quick:
         given.seeds, given.steps = 1, 8

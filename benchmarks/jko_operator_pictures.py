@@ -27,7 +27,7 @@ from gengrad.plotting.style import CURVES, SAMPLES, TARGET, curve_panel, legend_
 from gengrad.registry import FAMILIES
 
 ROOT = Path(__file__).parents[1]
-TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 SHOWN = (0, 1, 3, 10, 20)  # steps
 
 

@@ -53,7 +53,7 @@ def energy_figure(rows: Sequence[dict]) -> Figure:
         known = [row for row in rows if row.get(beside[0])]
         panels[1].plot([r["time"] for r in known], [r[beside[0]] for r in known], color=SAMPLES, marker="o", ms=3.5)
         if beside[0] == "share":
-            panels[1].set_ylim(0, 1.05 * max(row["share"] for row in known))
+            panels[1].set_ylim(0, 1.05 * np.nanmax([row["share"] for row in known]))
         else:
             panels[1].set_yscale("log")
             low, high = panels[1].get_ylim()

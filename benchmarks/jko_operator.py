@@ -10,16 +10,17 @@ Trained operators are kept in --runs and used by the parts after. --steps: optim
 accuracy: trains an operator, rolls it out to the horizon and to twice it. ``gap``: F of the operator minus F of exact
 implicit steps as a share of what these have fallen since the start, the largest of all steps; ``share``: root of
 E|X - X_ref|^2 over the same points, at least W2, as a share of the way since the start, the largest of all steps. From
-the run's Gaussian or profile (closed form); on the line and for energies of particles also from 32 held-out measures of
-the training families (16 for energies of particles), of mixtures with twice as many components, and from independent
-points of the training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from
-that of their law by the noise of the cloud; for energies of particles the reference is the step of the very cloud.
-``fell``: share of the rollouts in which the energy fell in every step.
+the run's Gaussian or profile; on the line and for energies of particles (elsewhere: of Gaussians) also from 32 held-out
+measures of the training families (16 for energies of particles), of mixtures with twice as many components at the reach
+and sizes of the first family, and from independent points of the training families (1,024 of them, 512 for energies of
+particles), whose own implicit step differs from that of their law by the noise of the cloud; for energies of particles
+the reference is the step of the very cloud. ``fell``: share of all these rollouts in which the energy fell in every
+step.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
 ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
-share over 32 held-out measures, step by step up to twice the horizon.
+share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
 speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
-(jko_icnn) trained until it has about the operator's error (of the numbers of optimiser steps tried, the first).
+(jko_icnn) trained until it passes the operator's error (of 50, 200 and 800 optimiser steps, the first).
 warm: the residual of the per-step solver after so many optimiser steps, started from the operator and not.
 """
 

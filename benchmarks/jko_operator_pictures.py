@@ -2,8 +2,8 @@
 
     python benchmarks/jko_operator_pictures.py [--runs FOLDER] [--out FILE.json] [--pictures FOLDER]
 
-operator_ablation.png: share and gap after each step, a line for each variant of --out. operator_rollout.png: densities
-of two mixtures that the operator of the double well in --runs has not seen, after some steps of it and of the solver on
+operator_ablation.png: share and gap after each step, a line for each variant of --out. operator_rollout.png: the density
+of a mixture that the operator of the double well in --runs has not seen, after some steps of it and of the solver on
 the line.
 """
 

@@ -114,7 +114,7 @@ def clouds(
     """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
     n), float32. ``even``: from a Sobol net of the cube, shifted at random for each measure (Cranley and Patterson
-    1976), of which each half is spread evenly too where n is a power of two; else from independent points. All but the
+    1976), of which the first 2^k points are spread evenly too; else from independent points. All but the
     ``first`` points (default: n) reach ``tails`` times as far, by ``push_wide``; the weights of the first are 1.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first

@@ -158,10 +158,10 @@ def judge_held_out(
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
     ``fell``: the share of them whose energy fell in every step; ``folded``: of those in which the map folded, which
-    have no energy with a density from there on; where implicit steps are known, on the line, for Gaussians and for
-    energies of particles (``referenced`` of the rollouts, without those that folded), ``gap`` and ``share`` of
-    ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the largest of all; ``_along``: the mean
-    after each step.
+    have no energy with a density from there on; where implicit steps are known, on the line (but for annuli, whose
+    density has a gap), for Gaussians and for energies of particles (``referenced`` of the rollouts, without those that
+    folded), ``gap`` and ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the
+    largest of all; ``_along``: the mean after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
     fell, folded, gaps, shares = [], [], [], []  # gaps and shares: lists along the steps

@@ -9,7 +9,7 @@ from torch import Tensor
 from gengrad.functionals.base import Functional
 
 RESIDUAL = 1e-6  # of the cloud's deviation, where the search ends
-ALLOWED = 2e-4  # the same, where F is computed to a tolerance; or five times that of the way
+ALLOWED = 2e-4  # the same, as what is taken for a minimum; or five times that of the way
 MOST = 2000  # iterations of the minimiser
 ROUNDS = 10  # searches, each from the last one's particles in order
 KEPT = 30  # pairs of steps and gradients that stand for its Hessian
@@ -18,8 +18,8 @@ KEPT = 30  # pairs of steps and gradients that stand for its Hessian
 def implicit_cloud_step(functional: Functional, x: Tensor, tau: float) -> Tensor:
     """argmin over y (n, d) of mean |y_i - x_i|^2 / 2 + tau F(y), the JKO step of the very cloud x (n, d); float64.
 
-    L-BFGS from x (scipy), to residuals y_i - x_i + tau n dF/dy_i of 1e-6 of the cloud's deviation, or, where F itself
-    is computed to a tolerance (Sinkhorn), of 2e-4 of it or a thousandth of the way in root mean square. Where F is not
+    L-BFGS from x (scipy), for residuals y_i - x_i + tau n dF/dy_i of 1e-6 of the cloud's deviation; taken where they
+    are at most 2e-4 of it or a thousandth of the way in root mean square (Sinkhorn has its tolerance). Where F is not
     convex, the minimum next to x. On the line the particles keep their order, as they do in every step of W2: where the
     search has exchanged some (a singular W is no wall for it), they are put in order, which leaves F and shortens the
     way, and it goes on from there. Raises ``ValueError`` for energies with a density, and where it does not converge,

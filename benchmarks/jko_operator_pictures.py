@@ -2,9 +2,8 @@
 
     python benchmarks/jko_operator_pictures.py [--runs FOLDER] [--out FILE.json] [--pictures FOLDER]
 
-operator_ablation.png: share and gap after each step, a line for each variant of --out. operator_rollout.png: the density
-of a mixture that the operator of the double well in --runs has not seen, after some steps of it and of the solver on
-the line.
+operator_ablation.png: share and gap after each step, a line for each variant of --out. operator_rollout.png: density of
+a mixture that the operator of the double well in --runs has not seen, after some steps of it and of the line's solver.
 """
 
 from __future__ import annotations

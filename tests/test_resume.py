@@ -53,16 +53,20 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_like_one_never_killed(c
     same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("dropped", ["networks", "average", "optimizer", "progress"])
-def test_the_comparison_above_turns_red_when_a_piece_of_state_is_lost(dropped, small, tmp_path, monkeypatch):
-    """Runs to half, spoils one piece of the saved state, goes on: the end must differ."""
-    whole = small("whole", train=TRAIN)
-    assert main(["train", str(whole)]) == 0
+def whole_and_half(small, monkeypatch) -> Path:
+    """Trains the run ``whole`` to its end and ``half`` to its half; the config of the latter."""
+    assert main(["train", str(small("whole", train=TRAIN))]) == 0
     half = small("half", train=TRAIN)
     with monkeypatch.context() as patch:
         _stop_after(patch, 21)
         assert main(["train", str(half)]) == 130
-    load = CheckpointStore.load_latest
+    return half
+
+
+@pytest.mark.parametrize("dropped", ["networks", "average", "optimizer", "progress"])
+def test_the_comparison_above_turns_red_when_a_piece_of_state_is_lost(dropped, small, tmp_path, monkeypatch):
+    """Runs to half, spoils one piece of the saved state, goes on: the end must differ."""
+    half, load = whole_and_half(small, monkeypatch), CheckpointStore.load_latest
 
     def spoiled(self):
         found = load(self)
@@ -143,12 +147,7 @@ def test_a_changed_config_does_not_go_on_with_the_old_run_but_may_start_from_its
 
 
 def test_a_run_from_before_a_setting_came_goes_on_with_its_default(small, tmp_path, monkeypatch):
-    whole, half = small("whole", train=TRAIN), small("half", train=TRAIN)
-    assert main(["train", str(whole)]) == 0
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 21)
-        assert main(["train", str(half)]) == 130
-    load = CheckpointStore.load_latest
+    half, load = whole_and_half(small, monkeypatch), CheckpointStore.load_latest
 
     def older(self):
         found = load(self)

@@ -145,14 +145,15 @@ def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Pat
     file = folder.parent / "molecules.smi"
     write_atomically(file, "".join(f"{text} {i}\n" for i, text in enumerate(smiles, 1)).encode())
     config = Path(__file__).parents[1] / "configs" / "molecules" / f"{name}.yaml"
-    stages = folder.parent / f"stages_{autoencoder.name}"
+    place = [f"data.path={file}", f"data.autoencoder_from={autoencoder}", f"out={folder}"]
+    seeds = [f"seed={seed}", f"evaluate.seed={seed}"]
+    settings = load_config(config, ["evaluate.n=1000", *overrides, *place, *seeds])
+    labels = read_objective(settings.data["objective"]).labels
+    stages = folder.parent / "_".join(["stages", *labels, str(settings.data["limit"]), autoencoder.name])
     for stage in STAGES:
         if (stages / stage).is_dir() and not (folder / stage).exists():
             shutil.copytree(stages / stage, folder / stage)
     cpu = cpu_seconds()
-    place = [f"data.path={file}", f"data.autoencoder_from={autoencoder}", f"out={folder}"]
-    seeds = [f"seed={seed}", f"evaluate.seed={seed}"]
-    settings = load_config(config, ["evaluate.n=1000", *overrides, *place, *seeds])
     outcome = chain.train(settings)
     if not outcome.finished:
         raise SystemExit(128 + outcome.signal)
@@ -168,16 +169,16 @@ def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Pat
         "before": rows[0],
         "after": rows[-1],
         "steps": rows,
-        **judged(folder, settings.source["at_most"], seed),
+        **judged(folder, settings.source, seed),
     }
 
 
-def judged(folder: Path, bound: float, seed: int) -> dict:
+def judged(folder: Path, source: dict, seed: int) -> dict:
     """Median SA score before and after, and, where fcd_torch is there and the molecules are enough, the FCD of what
 
     the flow left to the molecules that it may start from, with its floor.
     """
-    from gengrad.latent.data import Cloud
+    from gengrad.latent.data import Latents
     from gengrad.molecules.evaluating import read_population
     from gengrad.molecules.fcd import LEAST, frechet_chemnet
 
@@ -185,8 +186,8 @@ def judged(folder: Path, bound: float, seed: int) -> dict:
     objective = read_objective({"components": [{"scorer": "sa", "transform": WINDOW}]})
     found = {f"median_sa_{name}": float(score(objective, texts, os.cpu_count() or 1).properties[:, 0].nanmedian())
              for name, texts in smiles.items()}  # fmt: skip
-    cloud = Cloud.load(folder / "latents")
-    start = [text for text, total in zip(cloud.smiles, cloud.total.tolist()) if total <= bound]
+    starts = Latents(folder=str(folder), **{name: source[name] for name in ("objective", "at_most", "where")})
+    start = [starts.cloud.smiles[i] for i in starts.numbers.tolist()]
     if importlib.util.find_spec("fcd_torch") and min(len(start), len(smiles["after"])) >= LEAST:
         distance = frechet_chemnet(smiles["after"], start, seed)
         found |= {name: distance[name] for name in ("fcd", "floor", "n", "reference_n", "floor_n")}

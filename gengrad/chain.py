@@ -94,7 +94,7 @@ def _device(config: RunConfig) -> str:
 def placed(config: RunConfig, out: Path) -> RunConfig:
     """The config with the run's folder in it: of its data, of a source of latents, of its surrogate potentials.
 
-    A source of latents takes from the data all but the bounds of the total, which are its own. The folder is written
+    A source of latents takes from the data all but its bounds, which are its own. The folder is written
     in full, so that the run can be sampled from anywhere.
     """
     out = out.absolute()
@@ -103,7 +103,13 @@ def placed(config: RunConfig, out: Path) -> RunConfig:
         data["autoencoder_from"] = os.path.abspath(data["autoencoder_from"])
     source = config.source
     if source["name"] == Latents.name:
-        source = {**data, "at_least": source["at_least"], "at_most": source["at_most"]}
+        source = {**data, **{bound: source[bound] for bound in ("at_least", "at_most", "where")}}
+    for name, latents in (("data", data), ("source", source)):
+        if latents["name"] == Latents.name:
+            try:
+                Latents.Config(**{key: value for key, value in latents.items() if key != "name"}).columns()
+            except ValueError as error:
+                raise ConfigError([f"{name}: {error}"]) from None
     if method.get("functional"):
         method = {**method, "functional": [_with_surrogate(term, out) for term in method["functional"]]}
     return replace(config, data=data, source=source, method=method)

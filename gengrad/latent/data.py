@@ -12,6 +12,7 @@ from torch import Tensor
 from gengrad.data.base import FiniteData
 from gengrad.flows.stored import read_stored, write_stored
 from gengrad.latent.settings import AutoencoderSettings, SurrogateSettings
+from gengrad.molecules.desirability import Bounds, in_order
 from gengrad.registry import DATASETS, Settings
 
 KIND = "latents"
@@ -54,7 +55,8 @@ class Latents(FiniteData):
     A run on them makes first what it needs, in its own folder, and keeps what is there: the molecules standardised, the
     autoencoder (or that of ``autoencoder_from``), their true scores by ``objective`` (a mapping, or the path of an
     objective file), their codes, the surrogate. Where a source is ``latents`` too, it takes from the data all that it
-    does not say itself. ``at_least`` and ``at_most`` choose molecules by their true total.
+    does not say itself. ``at_least`` and ``at_most`` choose molecules by their true total, ``where`` by raw properties
+    among those that the objective scores: ``{sa: {at_most: 2.6}}``.
     """
 
     made_by_a_run = True  # so that nothing but a run's folder holds it
@@ -71,6 +73,7 @@ class Latents(FiniteData):
         surrogate: SurrogateSettings = SurrogateSettings()
         at_least: float | None = None
         at_most: float | None = None
+        where: dict[str, Bounds] = {}
         folder: str | None = None  # of the run that has made them; filled in by that run
 
         @field_validator("objective", mode="before")
@@ -86,11 +89,22 @@ class Latents(FiniteData):
 
         @model_validator(mode="after")
         def _some_left(self):
-            if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
-                raise ValueError(f"at_least={self.at_least:g} must not lie above at_most={self.at_most:g}")
+            in_order(self.at_least, self.at_most)
             if self.path is None and (self.column is not None or self.limit is not None):
                 raise ValueError("column and limit are for a file: give path, or set the size of the library")
             return self
+
+        def columns(self) -> dict[str, int]:
+            """Of the properties that ``where`` names; ``ValueError`` for one that the objective does not score."""
+            from gengrad.molecules.objective import read_objective
+
+            labels = read_objective(self.objective).labels
+            if unknown := [label for label in self.where if label not in labels]:
+                raise ValueError(
+                    f"where chooses by {', '.join(unknown)}, which the objective does not score; it scores "
+                    f"{', '.join(labels)}. A filter of the objective is scored too"
+                )
+            return {label: labels.index(label) for label in self.where}
 
     def prepare(self) -> None:
         c = self.config
@@ -105,14 +119,17 @@ class Latents(FiniteData):
             keep &= cloud.total >= c.at_least
         if c.at_most is not None:
             keep &= cloud.total <= c.at_most
+        for label, column in c.columns().items():
+            keep &= c.where[label].hold(cloud.properties[:, column])
         if keep.sum() < 2:
             known = cloud.total[~cloud.total.isnan()]
             reach = f"from {known.min():.4g} to {known.max():.4g}" if len(known) else "nowhere: they have no total"
             given = {"at_least": c.at_least, "at_most": c.at_most}
-            bounds = " and ".join(f"{key}={value:g}" for key, value in given.items() if value is not None)
+            bounds = [f"{key}={value:g}" for key, value in given.items() if value is not None]
+            bounds += [f"{label} {bound}" for label, bound in c.where.items()]
             raise ValueError(
-                f"{int(keep.sum())} of {len(keep)} molecules have a total with {bounds or 'no bounds'}; the totals go "
-                f"{reach}. At least 2 are needed: move the bounds"
+                f"{int(keep.sum())} of {len(keep)} molecules have a total with {' and '.join(bounds) or 'no bounds'}; "
+                f"the totals go {reach}. At least 2 are needed: move the bounds"
             )
         self.numbers = keep.nonzero().flatten()
         self.points, self.held_out = cloud.x[self.numbers], cloud.x[:0]

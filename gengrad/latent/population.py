@@ -133,7 +133,8 @@ def lines(found: Population, objective: Objective):
     """
     place, s = {i: k for k, i in enumerate(found.valid)}, found.scores
     width = len(objective.labels) + len(objective.components) + 1
-    hopes = found.expected.tolist()
+    # four digits: the last ones of a product in float32 depend on how many rows it has
+    hopes = [float(f"{value:.4g}") for value in found.expected.tolist()]
     for i, (text, (parent, _), alike) in enumerate(zip(found.smiles, found.parents, found.similarity.tolist())):
         own = f"{found.seed}-{i}"
         head = [own, parent] if found.step else [parent or own, None]

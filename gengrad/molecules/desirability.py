@@ -145,6 +145,34 @@ def within(x: Tensor, low: float | None, high: float | None) -> Tensor:
     return (x >= (-math.inf if low is None else low)) & (x <= (math.inf if high is None else high))
 
 
+def in_order(at_least: float | None, at_most: float | None) -> None:
+    """Raises ``ValueError`` for bounds that nothing lies within."""
+    if at_least is not None and at_most is not None and at_least > at_most:
+        raise ValueError(f"at_least={at_least:g} must not lie above at_most={at_most:g}")
+
+
+class Bounds(Settings):
+    """From ``at_least`` to ``at_most``; one of the two may be left out."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _some(self):
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give at_least, at_most or both")
+        in_order(self.at_least, self.at_most)
+        return self
+
+    def hold(self, values: Tensor) -> Tensor:
+        """Which of the values lie within, bool; False for NaN."""
+        return within(values, self.at_least, self.at_most)
+
+    def __str__(self) -> str:
+        ends = (("at least", self.at_least), ("at most", self.at_most))
+        return " and ".join(f"{name} {end:g}" for name, end in ends if end is not None)
+
+
 def weighted_log(s: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i log max(s_i, 1e-8) / sum_i w_i over the s_i (n, k) that are not NaN, (n,); NaN where none is left."""
     known = ~s.isnan()

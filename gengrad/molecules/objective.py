@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 import gengrad.molecules.scorers  # noqa: F401 - registers the scorers
-from gengrad.molecules.desirability import MEANS, Transform, within
+from gengrad.molecules.desirability import MEANS, Bounds, Transform
 from gengrad.molecules.properties import Scorer
 from gengrad.registry import SCORERS, TRANSFORMS, Registry, Settings, settings_of
 from gengrad.strict_yaml import ConfigError, check, parse_yaml
@@ -41,23 +41,13 @@ class ComponentSettings(Settings):
         return {"scorer": given} if isinstance(given, str) else given
 
 
-class FilterSettings(Settings):
+class FilterSettings(Bounds):
     """A molecule passes when ``at_least`` <= property <= ``at_most``; one of the two may be left out."""
 
     scorer: dict
-    at_least: float | None = None
-    at_most: float | None = None
     label: str | None = None
 
     _names = field_validator("scorer", mode="before")(_named)
-
-    @model_validator(mode="after")
-    def _bounded(self):
-        if self.at_least is None and self.at_most is None:
-            raise ValueError("give at_least, at_most or both")
-        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
-            raise ValueError(f"at_least={self.at_least:g} must not lie above at_most={self.at_most:g}")
-        return self
 
 
 class ObjectiveSettings(Settings):
@@ -81,13 +71,10 @@ class Component:
 class Filter:
     label: str
     column: int
-    at_least: float | None
-    at_most: float | None
+    bounds: FilterSettings
 
     def __str__(self) -> str:
-        bounds = [f"at least {self.at_least:g}"] if self.at_least is not None else []
-        bounds += [f"at most {self.at_most:g}"] if self.at_most is not None else []
-        return f"{self.label} {' and '.join(bounds)}"
+        return f"{self.label} {self.bounds}"
 
 
 class Objective:
@@ -107,7 +94,7 @@ class Objective:
                 self.components.append(Component(label, column, transform, given.weight))
             else:
                 label = given.label or self.labels[column]
-                self.filters.append(Filter(label, column, given.at_least, given.at_most))
+                self.filters.append(Filter(label, column, given))
         self.weights = torch.tensor([c.weight for c in self.components], dtype=torch.float64)
 
     def _column(self, scorer: Scorer, label: str | None) -> int:
@@ -133,7 +120,7 @@ class Objective:
 
     def passes(self, properties: Tensor) -> Tensor:
         """Which filters hold, bool (n, filters); a property that is NaN does not pass."""
-        held = [within(properties[:, f.column], f.at_least, f.at_most) for f in self.filters]
+        held = [f.bounds.hold(properties[:, f.column]) for f in self.filters]
         return torch.stack(held, dim=1) if held else torch.ones(len(properties), 0, dtype=torch.bool)
 
 

@@ -119,6 +119,8 @@ def test_the_same_command_takes_every_stage_that_is_there(folder, capsys):
         ({"data.at_most": -1.0}, "0 of 80 molecules"),
         ({"data.at_least": 1.0, "data.at_most": 0.5}, "must not lie above"),
         ({"data.objective": "{components: [qedd]}"}, "qedd"),
+        ({"source.where": "{sa: {at_most: 3}}"}, "source: where chooses by sa, which the objective does not score"),
+        ({"data.where": "{qed: {}}"}, "give at_least, at_most or both"),
         ({"data.path": "null", "data.library": 5}, "library"),
     ],
 )
@@ -215,6 +217,16 @@ def test_bounds_choose_molecules_by_their_true_total(folder):
     assert (cloud.total[low.numbers] <= middle).all() and (cloud.total[high.numbers] >= middle).all()
     assert len(low) + len(high) >= 80
     assert torch.equal(low.points, cloud.x[low.numbers])
+
+
+def test_bounds_of_a_raw_property_choose_too(folder):
+    cloud = Cloud.load(folder / "run" / "latents")
+    qed = cloud.properties[:, 0]
+    third, middle = float(qed.quantile(0.3)), float(qed.median())
+    found = Latents(folder=str(folder / "run"), where={"qed": {"at_least": third, "at_most": middle}})
+    assert torch.equal(found.numbers, ((qed >= third) & (qed <= middle)).nonzero()[:, 0]) and 0 < len(found) < 80
+    with pytest.raises(ValueError, match="0 of 80 molecules .* qed at most 0"):
+        Latents(folder=str(folder / "run"), where={"qed": {"at_most": 0}})
 
 
 def test_latents_without_a_run_say_how_they_are_made():

@@ -97,7 +97,7 @@ def _curve(transform, values: list[float]):
 def _bounds(found: Folder, label: str) -> tuple[float | None, float | None]:
     for f in found.objective.filters if found.objective is not None else ():
         if found.objective.labels[f.column] == label:
-            return f.at_least, f.at_most
+            return f.bounds.at_least, f.bounds.at_most
     return None, None
 
 

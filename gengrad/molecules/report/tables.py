@@ -7,7 +7,6 @@ import json
 import rdkit
 
 import gengrad
-from gengrad.molecules.desirability import within
 from gengrad.molecules.report.figures import LABELS, number
 from gengrad.molecules.report.folder import SIDES, Folder, median
 
@@ -153,7 +152,7 @@ def _constraints(found: Folder):
         for side in found.tables:
             values = torch.tensor(found.numbers(side, label), dtype=torch.float64)
             if not values.isnan().all():
-                holds[side] = within(values, f.at_least, f.at_most).tolist()
+                holds[side] = f.bounds.hold(values).tolist()
         yield str(f).replace(f.label, LABELS.get(f.label, f.label), 1), holds
     passed = {side: found.passed(side) for side in found.tables if found.tables[side].numbers("passed") is not None}
     if passed:

@@ -18,14 +18,18 @@ PLANE = {
     "source": {"name": "gaussian", "mean": [1.0, -0.5], "covariance": [[0.4, 0.15], [0.15, 0.25]]},
     "data": {"name": "space", "dimension": 2},
 }
+BOUND, FREE = ({"translation_equivariant": free} for free in (False, True))
 LONG = {"steps": 8000}  # where a potential holds mass together, more training goes on to help (docs/operator.md)
 # case -> (config, changes of its sections)
 CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
-    "fokker_planck_1": ("heat", {"method": {"functional": [QUADRATIC, ENTROPY]}, "train": LONG}),
-    "double_well_1": ("heat", {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": LONG}),
+    "fokker_planck_1": ("heat", {"network": BOUND, "method": {"functional": [QUADRATIC, ENTROPY]}, "train": LONG}),
+    "double_well_1": (
+        "heat",
+        {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": LONG},
+    ),
     "fokker_planck_2": ("fokker_planck", {}),
-    "heat_2": ("fokker_planck", {"method": {"functional": "entropy"}, "train": {"steps": 3000}}),
+    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 3000}}),
     "porous_medium_1": ("porous_medium", {}),
     "aggregation_1": ("aggregation", {}),
     "attraction_repulsion_2": ("attraction_repulsion", {}),

@@ -94,7 +94,7 @@ def _device(config: RunConfig) -> str:
 def placed(config: RunConfig, out: Path) -> RunConfig:
     """The config with the run's folder in it: of its data, of a source of latents, of its surrogate potentials.
 
-    A source of latents takes from the data all but its bounds, which are its own. The folder is written
+    A source of latents takes from the data all but which molecules it is, by bounds and number. The folder is written
     in full, so that the run can be sampled from anywhere.
     """
     out = out.absolute()
@@ -103,7 +103,7 @@ def placed(config: RunConfig, out: Path) -> RunConfig:
         data["autoencoder_from"] = os.path.abspath(data["autoencoder_from"])
     source = config.source
     if source["name"] == Latents.name:
-        source = {**data, **{bound: source[bound] for bound in ("at_least", "at_most", "where")}}
+        source = {**data, **{own: source[own] for own in ("at_least", "at_most", "where", "take", "seed")}}
     for name, latents in (("data", data), ("source", source)):
         if latents["name"] == Latents.name:
             try:

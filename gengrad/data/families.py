@@ -16,6 +16,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor
 
+from gengrad.data.moments import moved_to
 from gengrad.registry import FAMILIES, Configured, Settings
 
 EDGE = 1e-6  # u stays so far from the faces of the cube, where a Gaussian quantile is infinite
@@ -24,12 +25,12 @@ EDGE = 1e-6  # u stays so far from the faces of the cube, where a Gaussian quant
 class Members(ABC):
     """``count`` measures of a family on R^d, all at once."""
 
-    spare = 0  # coordinates of u beyond d
+    spare = 0  # coordinates of u beyond d, for ``push_wide``
     smooth = False  # positive with derivatives everywhere, so that integrals can be taken by parts
 
     @abstractmethod
     def push(self, u: Tensor) -> Tensor:
-        """u (count, n, d + spare) in the cube -> points (count, n, d) of the measures."""
+        """u (count, n, d + spare) in the cube -> points (count, n, d) of the measures; evenly spread to evenly spread."""
 
     def push_wide(self, u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """Points like ``push``'s, more of them in the tails, and weights (count, n): means of w f(x) over u are those
@@ -42,6 +43,20 @@ class Members(ABC):
     @abstractmethod
     def log_density(self, x: Tensor) -> Tensor:
         """log rho at x (count, n, d) -> (count, n)."""
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means (count, d) and covariances (count, d, d) of what is ``smooth``."""
+        raise NotImplementedError(f"the moments of {type(self).__name__} are not known")
+
+    def cloud(self, u: Tensor) -> Tensor:
+        """``push`` of evenly spread u (count, n, d + spare), as near to the measure as so many points come.
+
+        A cloud says of its measure what its points say, no more: the covariance of 1,024 points of a net, of a Gaussian
+        of the plane, is off by 1.5 %, which is some percent of a JKO step. So each coordinate of u takes its ranks,
+        (rank + 1/2) / n, and what is ``smooth`` its own mean and covariance: there is no edge that a point could cross.
+        """
+        x = self.push((u.argsort(1).argsort(1).to(u.dtype) + 0.5) / u.shape[1])
+        return moved_to(x, *self.moments()) if self.smooth else x
 
     def score(self, x: Tensor) -> Tensor:
         """grad log rho at x, like x; NaN where the density is not smooth."""
@@ -126,8 +141,10 @@ def clouds(
             continue
         members = FAMILIES.build(settings).members(len(rows), dimension, generator)
         u = points_of_the_cube(len(rows), n, dimension + members.spare, generator, even)
-        points = members.push(u[:, :first])
-        if first < n:
+        points = members.cloud(u[:, :first])
+        if first < n and tails == 1:
+            points = torch.cat([points, members.cloud(u[:, first:])], 1)
+        elif first < n:
             far, weights = members.push_wide(u[:, first:], tails)
             points, weight[rows, first:] = torch.cat([points, far], 1), weights.float()
         # densities at the points as they are stored: on the edge of a support rounding decides

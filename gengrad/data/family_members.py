@@ -16,14 +16,34 @@ from gengrad.registry import FAMILIES
 class GaussianMembers(Members):
     """sum_c w_c N(m_c, L_c L_c'): means (count, c, d), lower factors L (count, c, d, d), weights (count, c)."""
 
-    spare = 1  # says which component
+    spare = 1  # says which component, for ``push_wide``
     smooth = True
 
     def __init__(self, means: Tensor, factors: Tensor, weights: Tensor):
         self.means, self.factors, self.weights = means, factors, weights
 
     def push(self, u: Tensor) -> Tensor:
-        return self.push_wide(u, 1.0)[0]
+        """The Knothe-Rosenblatt rearrangement: each coordinate by the quantile of its law given those before it.
+
+        It is smooth and monotone in each coordinate, so that evenly spread u are evenly spread over the mixture;
+        points told apart by a coordinate that says which component are not.
+        """
+        x, logs = [], self.weights.log()[:, None].expand(-1, u.shape[1], -1)  # of the components, given x so far
+        z = u.new_zeros(*u.shape[:2], self.means.shape[1], 0)  # their own white coordinates of x so far
+        for k in range(u.shape[-1] - self.spare):
+            stds = self.factors[:, None, :, k, k]
+            centres = self.means[:, None, :, k] + (self.factors[:, None, :, k, :k] * z).sum(-1)
+            x.append(mixture_quantile(u[..., k].clamp(EDGE, 1 - EDGE), centres, stds, torch.softmax(logs, -1)))
+            white = (x[-1][..., None] - centres) / stds
+            z, logs = torch.cat([z, white[..., None]], -1), logs - white.square() / 2 - stds.log()
+        return torch.stack(x, -1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        w = self.weights[..., None]
+        mean = (w * self.means).sum(1)
+        away = self.means - mean[:, None]
+        within = self.factors @ self.factors.mT + away[..., :, None] * away[..., None, :]
+        return mean, (w[..., None] * within).sum(1)
 
     def push_wide(self, u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """z from N(0, factor^2) in each component, with the ratio of N(0, 1) to that as its weight."""
@@ -42,6 +62,26 @@ class GaussianMembers(Members):
         volume = self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         logs = self.weights.log() - volume - d / 2 * math.log(2 * math.pi)
         return torch.logsumexp(logs[..., None] - white.square().sum(2) / 2, 1)
+
+
+def mixture_quantile(u: Tensor, means: Tensor, stds: Tensor, weights: Tensor) -> Tensor:
+    """x (...) with sum_c w_c Phi((x - m_c) / s_c) = u (...), 0 < u < 1; the components' (..., c). Newton's method,
+
+    halving the bracket where it would leave it. x lies between the components' own quantiles.
+    """
+    ends = means + stds * torch.special.ndtri(u)[..., None]
+    low, high = ends.amin(-1), ends.amax(-1)
+    x = (weights * ends).sum(-1)
+    for _ in range(60):
+        z = (x[..., None] - means) / stds
+        excess = (weights * torch.special.ndtr(z)).sum(-1) - u
+        low, high = torch.where(excess <= 0, x, low), torch.where(excess >= 0, x, high)
+        if bool((excess.abs() < 1e-13).all()):
+            break
+        slope = (weights / stds * (-z.square() / 2).exp()).sum(-1) / math.sqrt(2 * math.pi)
+        step = x - excess / slope.clamp_min(1e-300)
+        x = torch.where((step > low) & (step < high), step, (low + high) / 2)
+    return x
 
 
 @FAMILIES.register("gaussians")

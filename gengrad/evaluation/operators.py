@@ -169,7 +169,8 @@ def judge_held_out(
         generator = generator_for(seed, "operator/held out", number)
         settings = families[number % len(families)]
         members = FAMILIES.build(settings).members(1, d, generator)
-        x = members.push(points_of_the_cube(1, n, d + members.spare, generator, even))
+        u = points_of_the_cube(1, n, d + members.spare, generator, even)
+        x = members.cloud(u) if even else members.push(u)
         log_rho = members.log_density(x)[0]
         rows = judge_rollout(transport, x[0], log_rho, steps, _known(transport, members, settings, x[0], log_rho))
         fell.append(not any(row["rose"] for row in rows))

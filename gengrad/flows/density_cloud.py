@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
 from gengrad.data.draws import draw, generator_for
+from gengrad.data.moments import moved_to
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Density
@@ -137,12 +138,4 @@ def matched(x: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     """x (n, d) moved affinely, 4096 at a time, to the given mean and covariance: means over it are far less noisy."""
     if moments is None:
         return x
-    mean, factor = moments[0], torch.linalg.cholesky(moments[1])
-    blocks = []
-    for block in x.split(MATCHED):
-        if len(block) > 4 * x.shape[1]:
-            centred = block - block.mean(0)
-            own = torch.linalg.cholesky(centred.mT @ centred / len(block))
-            block = mean + torch.linalg.solve_triangular(own, centred.mT, upper=False).mT @ factor.mT
-        blocks.append(block)
-    return torch.cat(blocks)
+    return torch.cat([moved_to(block, *moments) for block in x.split(MATCHED)])

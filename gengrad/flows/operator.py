@@ -95,7 +95,7 @@ class OperatorTransport(Transport):
 
     @classmethod
     def rebuild(cls, description: dict) -> OperatorTransport:
-        settings = {"kernels": 0, **description["network"]}  # none in flows from before there were kernels
+        settings = {"kernels": 0, "scaled": False, **description["network"]}  # flows from before there were these
         network = NETWORKS.build(settings, event_shape=tuple(description["event_shape"]))
         empty = [torch.zeros(description[name]) for name in ("anchors", "samples")]
         return cls(network, *empty, *(description.get(name) for name in SETTINGS))

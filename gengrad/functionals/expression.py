@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gengrad.functionals.base import Density, Functional, Sum, terms_of, velocity_of
 from gengrad.functionals.interaction import InteractionEnergy
+from gengrad.functionals.internal import InternalEnergy
 from gengrad.registry import FUNCTIONALS
 
 
@@ -139,6 +140,11 @@ def has_pairs(functional: Functional) -> bool:
     """Whether the functional's cost grows with the square of the number of particles."""
     kinds = [isinstance(term, InteractionEnergy) or term.takes == "samples" for _, term in terms_of(functional)]
     return any(kinds)
+
+
+def is_translation_invariant(functional: Functional) -> bool:
+    """Whether F is the same wherever the measure is: internal and interaction energies are, and their sums."""
+    return all(isinstance(term, InternalEnergy | InteractionEnergy) for _, term in terms_of(functional))
 
 
 def gradient_of(functional: Functional, x: Tensor, density: Density | None) -> Tensor:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from gengrad.data.base import FiniteData
+from gengrad.data.draws import generator_for
 from gengrad.flows.stored import read_stored, write_stored
 from gengrad.latent.settings import AutoencoderSettings, SurrogateSettings
 from gengrad.molecules.desirability import Bounds, in_order
@@ -56,7 +57,7 @@ class Latents(FiniteData):
     autoencoder (or that of ``autoencoder_from``), their true scores by ``objective`` (a mapping, or the path of an
     objective file), their codes, the surrogate. Where a source is ``latents`` too, it takes from the data all that it
     does not say itself. ``at_least`` and ``at_most`` choose molecules by their true total, ``where`` by raw properties
-    among those that the objective scores: ``{sa: {at_most: 2.6}}``.
+    among those that the objective scores: ``{sa: {at_most: 2.6}}``; ``take`` so many of them.
     """
 
     made_by_a_run = True  # so that nothing but a run's folder holds it
@@ -74,6 +75,7 @@ class Latents(FiniteData):
         at_least: float | None = None
         at_most: float | None = None
         where: dict[str, Bounds] = {}
+        take: int | None = Field(None, ge=2)  # at most so many of those within the bounds, drawn by ``seed``
         folder: str | None = None  # of the run that has made them; filled in by that run
 
         @field_validator("objective", mode="before")
@@ -132,6 +134,9 @@ class Latents(FiniteData):
                 f"the totals go {reach}. At least 2 are needed: move the bounds"
             )
         self.numbers = keep.nonzero().flatten()
+        if c.take is not None and c.take < len(self.numbers):
+            order = torch.randperm(len(self.numbers), generator=generator_for(c.seed, "latents/take"))
+            self.numbers = self.numbers[order[: c.take]].sort()[0]
         self.points, self.held_out = cloud.x[self.numbers], cloud.x[:0]
         self.cloud = cloud
         self.notes = (f"{len(self.numbers):,} of {len(keep):,} molecules",)

@@ -23,6 +23,7 @@ from gengrad.functionals.expression import (
     build_expression,
     gradient_of,
     has_pairs,
+    is_translation_invariant,
     lacks,
     needs_density,
     refuse_unbounded,
@@ -219,6 +220,11 @@ class OperatorStage(Stage):
             generator = generator_for(problem.seed, "functional/target")
             self.samples = problem.target.sample(config.target_samples, generator)
         self.functional = self._functional(config.functional)
+        if network.config.translation_equivariant and not is_translation_invariant(self.functional):
+            raise ValueError(
+                "network.translation_equivariant=true: the operator would not see where a measure is, and this "
+                "functional depends on that; internal and interaction energies alone do not"
+            )
         self.d, self.seen = problem.target.event_shape[0], config.seen or config.particles
         self.size = self.seen + config.particles
         self.states = StateBuffer(self._clouds, config.buffer, self._energy, problem.seed)

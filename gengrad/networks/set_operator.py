@@ -106,11 +106,12 @@ class SetOperator(nn.Module, Configured):
     (``tokens`` learned queries gather from the particles, which then ask the tokens; Set Transformer, arXiv
     1810.00825); a last gathering. g: an affine map with coefficients from the tokens, plus a perceptron of what the
     point finds by attention to them and of the density around it, ``smoothed`` by ``kernels`` widths, plus the slopes
-    of these by coefficients from the tokens: what a step of an internal energy depends on most. Equivariant under
+    of these by coefficients from the tokens: what a step of an internal energy depends on most. ``scaled``: the affine
+    map and the last perceptron are sums of two, one of them in units of 1 / scale of the cloud. Equivariant under
     permutations of the cloud, unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context
     takes log tau too, so that one network serves many tau; ``on_weights``: so many weights of the energy, by their
-    logarithms. Differentiable in its weights, and once in x; not in the
-    cloud where ``kernels`` see it.
+    logarithms; ``translation_equivariant``: T(x + a; mu shifted by a) = T(x; mu) + a. Differentiable in its weights,
+    and once in x; not in the cloud where ``kernels`` see it.
     """
 
     learns = "operator"
@@ -124,6 +125,8 @@ class SetOperator(nn.Module, Configured):
         on_tau: bool = False
         on_weights: int = Field(0, ge=0)
         kernels: int = Field(4, ge=0, le=8)  # widths sqrt(8 tau) / 2^k at which a point sees the density around it
+        translation_equivariant: bool = False  # blind to where the cloud is: for energies that are the same everywhere
+        scaled: bool = True  # g has parts in units of 1 / scale too, as the velocity of an internal energy has
 
         @model_validator(mode="after")
         def _divides(self):
@@ -137,16 +140,17 @@ class SetOperator(nn.Module, Configured):
         if len(event_shape) != 1:
             raise ValueError(f"network 'set_operator' moves clouds of points (d,), not events {tuple(event_shape)}")
         self.event_shape, (self.d,) = tuple(event_shape), event_shape
-        c, d = self.config, self.d
-        known = d + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights
-        self.particle = perceptron(2 * d + known, c.width, 1, c.width, "silu")
+        c, d, parts = self.config, self.d, 1 + self.config.scaled
+        self.placed = 0 if c.translation_equivariant else d  # coordinates of x, and of the mean, that are seen
+        known = self.placed + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights
+        self.particle = perceptron(self.placed + d + known, c.width, 1, c.width, "silu")
         self.induced = nn.Parameter(torch.randn(c.blocks + 1, c.tokens, c.width))
         self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
         self.scatter = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks))
-        self.affine = nn.Linear(c.width, d * (d + 1) + c.kernels)
-        self.point = perceptron(2 * d + known + c.kernels * (d + 1), c.width, 1, c.width, "silu")
+        self.affine = nn.Linear(c.width, parts * d * (d + 1) + c.kernels)
+        self.point = perceptron(self.placed + d + known + c.kernels * (d + 1), c.width, 1, c.width, "silu")
         self.ask = Attention(c.width, c.heads)
-        self.head = perceptron(c.width, c.width, c.depth, d, "silu")
+        self.head = perceptron(c.width, c.width, c.depth, parts * d, "silu")
         with torch.no_grad():
             for parameter in (*self.affine.parameters(), *self.head[-1].parameters()):
                 parameter.zero_()
@@ -168,18 +172,20 @@ class SetOperator(nn.Module, Configured):
         away = away / scale
         rows, columns = torch.triu_indices(self.d, self.d)
         covariance = (away.mT @ away / away.shape[-2])[..., rows, columns].unsqueeze(-2)
-        known = [mean, scale.log(), covariance]
+        known = [mean[..., : self.placed], scale.log(), covariance]
         if self.config.on_tau:
             known.append(torch.full_like(scale, math.log(tau)))
         known += [torch.full_like(scale, math.log(weight)) for weight in weights]
         known = torch.cat(known, -1)
-        h = self.particle(_beside(particles, away, known))
+        h = self.particle(self._beside(particles, away, known))
         for level, gather in enumerate(self.gather):
             tokens = gather(self.induced[level].expand(*h.shape[:-2], -1, -1), *gather.seen(h))
             if level < len(self.scatter):
                 h = self.scatter[level](h, *self.scatter[level].seen(tokens))
-        affine, ascent = self.affine(tokens.mean(-2)).split([self.d * (self.d + 1), self.config.kernels], -1)
-        affine, ascent = affine.unflatten(-1, (self.d, self.d + 1)), ascent[..., None, :]
+        coefficients = self.affine(tokens.mean(-2))
+        cut = coefficients.shape[-1] - self.config.kernels
+        affine, ascent = self._whole(coefficients[..., :cut], scale[..., 0]), coefficients[..., None, cut:]
+        affine = affine.unflatten(-1, (self.d, self.d + 1))
         linear, shift = affine[..., : self.d], affine[..., None, :, self.d]
         return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau)
 
@@ -206,8 +212,8 @@ class SetOperator(nn.Module, Configured):
         if self.config.kernels:
             logs, slopes, *_ = self._density(away, c)
             local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
-        h = self.ask(self.point(_beside(x, away, c.known, *local)), c.keys, c.values)
-        return x + c.tau * (away @ c.linear.mT + c.shift + pushed + self.head(h))
+        h = self.ask(self.point(self._beside(x, away, c.known, *local)), c.keys, c.values)
+        return x + c.tau * (away @ c.linear.mT + c.shift + pushed + self._whole(self.head(h), c.scale))
 
     def _jacobian(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if self.d > LARGEST_JACOBIAN:
@@ -216,22 +222,30 @@ class SetOperator(nn.Module, Configured):
         away, local, pushed, turned = (x - c.mean) / c.scale, [], 0.0, 0.0
         along = torch.eye(d, dtype=x.dtype, device=x.device).view(d, *[1] * (x.dim() - 1), d)  # of x, of away
         weight = self.point[0].weight
-        v = along @ (weight[:, :d] + weight[:, d : 2 * d] / c.scale).mT
+        ahead = weight[:, self.placed : self.placed + d] / c.scale
+        v = along @ (ahead + weight[:, :d] if self.placed else ahead).mT
         if self.config.kernels:
             logs, slopes, rises, turns = self._density(away, c, along / c.scale)
             local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
             turned = (c.ascent[..., None, :] @ turns)[..., 0, :]
             v = v + torch.cat([rises, turns.flatten(-2)], -1) @ weight[:, -self.config.kernels * (d + 1) :].mT
-        h = self.point[0](_beside(x, away, c.known, *local))
+        h = self.point[0](self._beside(x, away, c.known, *local))
         h, v = dual(self.point[1:], h, v.expand(d, *h.shape))
         h, v = dual(self.head, *self.ask.dual(h, v, c.keys, c.values))
+        h, v = self._whole(h, c.scale), self._whole(v, c.scale)
         moved = x + c.tau * (away @ c.linear.mT + c.shift + pushed + h)
         columns = along + c.tau * (along @ c.linear.mT / c.scale + turned + v)
         return moved, columns.movedim(0, -1)
 
+    def _whole(self, parts: Tensor, scale: Tensor) -> Tensor:
+        """A displacement of its parts, the second one in units of 1 / scale."""
+        if not self.config.scaled:
+            return parts
+        one, other = parts.chunk(2, -1)
+        return one + other / scale
 
-def _beside(x: Tensor, away: Tensor, known: Tensor, *local: Tensor) -> Tensor:
-    return torch.cat([x, away, known.expand(*x.shape[:-1], -1), *local], -1)
+    def _beside(self, x: Tensor, away: Tensor, known: Tensor, *local: Tensor) -> Tensor:
+        return torch.cat([x[..., : self.placed], away, known.expand(*x.shape[:-1], -1), *local], -1)
 
 
 def determinant(jacobian: Tensor) -> Tensor:

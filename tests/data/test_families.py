@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gengrad.data.families import clouds, points_of_the_cube, read_families
+from gengrad.data.family_members import mixture_quantile
 from gengrad.registry import FAMILIES
 
 CASES = [(name, d) for name in FAMILIES for d in (1, 2, 3)]
@@ -67,12 +68,45 @@ def test_weighed_means_over_points_that_reach_farther_are_those_of_the_measure(n
 
 def test_the_first_points_of_clouds_are_of_the_measure_and_the_others_reach_farther():
     x, log_rho, _, weight = clouds(read_families("gaussians"), 8, 256, 1, generator(), first=128, tails=1.5)
-    plain = clouds(read_families("gaussians"), 8, 256, 1, generator())
+    plain = clouds(read_families("gaussians"), 8, 256, 1, generator(), first=128)
     assert torch.equal(x[:, :128], plain[0][:, :128]) and torch.equal(log_rho[:, :128], plain[1][:, :128])
     assert (weight[:, :128] == 1).all() and (plain[3] == 1).all()
     ratio = x[:, 128:].std(1) / plain[0][:, 128:].std(1)
     assert torch.allclose(ratio, torch.full_like(ratio, 1.5), atol=0.05)
     assert log_rho[:, 128:].min() < plain[1][:, 128:].min()  # the measure's own density at them
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_clouds_of_gaussians_and_mixtures_have_the_measures_own_moments(d):
+    members = FAMILIES.build({"name": "mixtures", "smallest": 0.5}).members(3, d, generator())
+    x = members.cloud(points_of_the_cube(3, 512, d + members.spare, generator(1)))
+    mean, covariance = members.moments()
+    away = x - x.mean(1, keepdim=True)
+    assert torch.allclose(x.mean(1), mean, atol=1e-12)
+    assert torch.allclose(away.mT @ away / 512, covariance, atol=1e-12)
+    far = members.push(points_of_the_cube(3, 2**17, d + members.spare, generator(2)))
+    assert torch.allclose(far.mean(1), mean, atol=2e-3)  # and these are the moments of what is drawn
+    away = far - far.mean(1, keepdim=True)
+    assert torch.allclose(away.mT @ away / 2**17, covariance, atol=1e-3)
+
+
+def test_a_cloud_says_of_a_mixture_on_the_line_what_its_quantiles_say():
+    """The points are those of (k + 1/2) / n, up to the affine move to the moments, a hundredth of them."""
+    members = FAMILIES.build({"name": "mixtures", "components": 3}).members(4, 1, generator())
+    x = members.cloud(points_of_the_cube(4, 256, 2, generator(1)))[..., 0].sort(-1)[0]
+    z = (x[..., None] - members.means[:, None, :, 0]) / members.factors[:, None, :, 0, 0]
+    share = (members.weights[:, None] * torch.special.ndtr(z)).sum(-1)
+    assert (share - (torch.arange(256) + 0.5) / 256).abs().max() < 0.5 / 256
+
+
+@pytest.mark.parametrize("u", [1e-6, 0.2, 0.5, 1 - 1e-6])
+def test_the_quantile_of_a_mixture_solves_its_distribution_function(u):
+    """Narrow components far apart, where Newton's method alone would leave the bracket; one has no weight."""
+    means = torch.tensor([-30.0, 0.0, 2.0, 50.0], dtype=torch.float64)
+    stds = torch.tensor([0.01, 1.0, 0.1, 5.0], dtype=torch.float64)
+    weights = torch.tensor([0.3, 0.3, 0.4, 0.0], dtype=torch.float64)
+    x = mixture_quantile(torch.tensor([u], dtype=torch.float64), means, stds, weights)
+    assert (weights * torch.special.ndtr((x[:, None] - means) / stds)).sum() == pytest.approx(u, abs=1e-12)
 
 
 def test_the_score_of_a_gaussian_is_its_closed_form():

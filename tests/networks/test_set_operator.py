@@ -65,10 +65,10 @@ def test_a_batch_of_clouds_is_each_cloud_by_itself():
         assert torch.allclose(together[k], torch.stack([pair[k] for pair in alone]), atol=1e-12)
 
 
-@pytest.mark.parametrize("kernels", [0, 3])
+@pytest.mark.parametrize("settings", [{"kernels": 0}, {"kernels": 3}, {"translation_equivariant": True, "scaled": False}])
 @pytest.mark.parametrize("d", [1, 2, 3])
-def test_the_forward_mode_jacobian_is_autograds(d, kernels):
-    network, x, y = operator(d, kernels=kernels), cloud(30, d), cloud(5, d, seed=2)
+def test_the_forward_mode_jacobian_is_autograds(d, settings):
+    network, x, y = operator(d, **settings), 0.6 * cloud(30, d) + 0.3, cloud(5, d, seed=2)
     context = network.context(x, 0.2)
     moved, jacobian = network(y, context, jacobian=True)
     truth = torch.stack([torch.autograd.functional.jacobian(lambda z: network(z[None], context)[0], z) for z in y])
@@ -176,6 +176,27 @@ def test_a_fold_costs_a_finite_sum_and_its_slope_leads_out_of_it():
     )
     (slope,) = torch.autograd.grad(value.sum(), det)
     assert torch.allclose(slope, torch.tensor([0.5, 20.0, 20.0, 20.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("equivariant", [True, False])
+def test_translation_equivariant_operators_move_what_is_shifted_alike_and_others_do_not(equivariant):
+    network, x, y = operator(translation_equivariant=equivariant), cloud(50, 2), cloud(9, 2, seed=2)
+    shift = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    one, two = network(y, network.context(x, 0.1)), network(y + shift, network.context(x + shift, 0.1))
+    assert torch.allclose(one + shift, two, atol=1e-12) == equivariant
+
+
+def test_scaled_operators_move_by_parts_in_units_of_one_over_the_scale():
+    """With the weights of the plain parts at zero, what is left of the affine map is in units of 1 / scale."""
+    network, x = operator(kernels=0), cloud(50, 2)
+    with torch.no_grad():
+        network.affine.weight[: len(network.affine.weight) // 2] = 0
+        network.affine.bias[: len(network.affine.bias) // 2] = 0
+        network.head[-1].weight.zero_(), network.head[-1].bias.zero_()
+    found = []
+    network.affine.register_forward_hook(lambda module, given, coefficients: found.append(coefficients))
+    context = network.context(x, 0.1)
+    assert torch.allclose(context.shift[0] * context.scale[0], found[0][6:].view(2, 3)[:, 2], atol=1e-12)
 
 
 def test_only_with_on_tau_does_the_direction_depend_on_tau():

@@ -30,7 +30,7 @@ class Members(ABC):
 
     @abstractmethod
     def push(self, u: Tensor) -> Tensor:
-        """u (count, n, d + spare) in the cube -> points (count, n, d) of the measures; evenly spread to evenly spread."""
+        """u (count, n, d + spare) in the cube -> points (count, n, d) of the measures, even from even ones."""
 
     def push_wide(self, u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """Points like ``push``'s, more of them in the tails, and weights (count, n): means of w f(x) over u are those

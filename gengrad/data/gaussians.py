@@ -10,6 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from gengrad.data.base import LARGEST, Distribution
+from gengrad.data.families import points_of_the_cube
+from gengrad.data.family_members import GaussianMembers
 from gengrad.registry import DATASETS, Settings
 
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
@@ -43,6 +45,11 @@ class Mixture:
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         return (self.means[component] + torch.einsum("nij,nj->ni", self.factors[component], z)).float()
+
+    def even(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` points (n, d), float64, that stand for the mixture together: ``GaussianMembers.cloud``."""
+        u = points_of_the_cube(1, n, self.means.shape[1] + GaussianMembers.spare, generator)
+        return GaussianMembers(self.means[None], self.factors[None], self.weights[None]).cloud(u)[0]
 
     def log_density(self, x: Tensor) -> Tensor:
         """log sum_k w_k N(x; m_k, S_k), (n, d) -> (n,), differentiable in x."""
@@ -102,6 +109,9 @@ class Gaussian(Distribution):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         return self._mixture.sample(n, generator)
+
+    def even(self, n: int, generator: torch.Generator) -> Tensor:
+        return self._mixture.even(n, generator)
 
     def log_density(self, x: Tensor) -> Tensor:
         """-|L^{-1}(x - m)|^2 / 2 - log sqrt(det 2 pi S), (n, d) -> (n,)."""
@@ -165,6 +175,9 @@ class GaussianMixture(Distribution):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         return self.mixture.sample(n, generator)
 
+    def even(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.mixture.even(n, generator)
+
     def log_density(self, x: Tensor) -> Tensor:
         """log sum_k w_k N(x; m_k, S_k), (n, d) -> (n,)."""
         return self.mixture.log_density(x)
@@ -179,6 +192,10 @@ class StandardNormal(Distribution):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randn(n, *self.event_shape, generator=generator)
+
+    def even(self, n: int, generator: torch.Generator) -> Tensor:
+        mean, covariance = self.moments()
+        return Mixture(torch.ones(1), mean[None], covariance[None]).even(n, generator)
 
     def log_density(self, x: Tensor) -> Tensor:
         """-|x|^2 / 2 - (d/2) log 2 pi, (n, *event) -> (n,)."""

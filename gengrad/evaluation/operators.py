@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from gengrad.data.base import Distribution
-from gengrad.data.draws import draw, generator_for
+from gengrad.data.draws import generator_for
 from gengrad.data.families import Members, points_of_the_cube
 from gengrad.data.gaussians import Gaussian
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
 from gengrad.flows.cloud_step import implicit_cloud_step
 from gengrad.flows.densities import doubled
-from gengrad.flows.density_cloud import matched
+from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.flow import Flow
 from gengrad.flows.line import Line, carried, implicit_step
 from gengrad.flows.operator import Evolution, OperatorTransport, energies_of, operator_of, push
@@ -131,7 +131,7 @@ def judge_source(flow: Flow, steps: int, *, n: int, seed: int) -> tuple[list[dic
     """(rows of a rollout from the flow's own source, the rollout itself), beside a reference where one is known."""
     transport, source = operator_of(flow), flow.source
     functional = transport.functional()
-    x = matched(draw(source, 0, n, seed, "source").flatten(1).double(), source.moments())
+    x = standing_for(source, n, seed, "source")
     log_rho = source.log_density(x).double() if hasattr(source, "log_density") else None
     if functional.needs_density and (log_rho is None or not bool(log_rho.isfinite().all())):
         raise ValueError(f"the energy needs a density, which the source {source.name!r} does not have at its points")

@@ -134,6 +134,16 @@ def pushed_score(network: nn.Module, x: Tensor, score: Tensor) -> Tensor:
     return torch.cat([pushed_density(network, points, values)[2] for points, values in pairs]).double()
 
 
+def standing_for(law: Distribution, n: int, seed: int, stream: str) -> Tensor:
+    """``n`` points (n, d), float64, that stand for ``law`` together, for what sees a measure as a cloud.
+
+    As near to it as so many come, where the law has ``even``; else draws, with its moments where it has them.
+    """
+    if hasattr(law, "even"):
+        return law.even(n, generator_for(seed, stream))
+    return matched(draw(law, 0, n, seed, stream).flatten(1).double(), law.moments())
+
+
 def matched(x: Tensor, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     """x (n, d) moved affinely, 4096 at a time, to the given mean and covariance: means over it are far less noisy."""
     if moments is None:

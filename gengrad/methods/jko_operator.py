@@ -11,9 +11,9 @@ from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model
 from torch import Tensor, nn
 
 from gengrad.data.base import Distribution
-from gengrad.data.draws import draw, generator_for
+from gengrad.data.draws import generator_for
 from gengrad.data.families import Families, clouds
-from gengrad.flows.density_cloud import matched
+from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.flow import Flow
 from gengrad.flows.operator import OperatorTransport, energies_of, family_of, push, rollout
 from gengrad.flows.transports import Transport
@@ -335,7 +335,7 @@ class OperatorStage(Stage):
     def transport(self, networks: dict[str, nn.Module]) -> Transport:
         """The operator, with the source's cloud moved by it as the anchors of samples."""
         c, p, network = self.config, self.problem, networks["operator"]
-        x = matched(draw(p.source, 0, c.anchors, p.seed, "operator/anchors").flatten(1).double(), p.source.moments())
+        x = standing_for(p.source, c.anchors, p.seed, "operator/anchors")
         anchors = rollout(network, x.float().to(p.device), c.tau, c.jko_steps, told(c.functional, c.weights))[:-1]
         fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])

@@ -65,7 +65,9 @@ def test_a_batch_of_clouds_is_each_cloud_by_itself():
         assert torch.allclose(together[k], torch.stack([pair[k] for pair in alone]), atol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{"kernels": 0}, {"kernels": 3}, {"translation_equivariant": True, "scaled": False}])
+@pytest.mark.parametrize(
+    "settings", [{"kernels": 0}, {"kernels": 3}, {"translation_equivariant": True, "scaled": False}]
+)
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_the_forward_mode_jacobian_is_autograds(d, settings):
     network, x, y = operator(d, **settings), 0.6 * cloud(30, d) + 0.3, cloud(5, d, seed=2)

@@ -19,14 +19,16 @@ PLANE = {
     "data": {"name": "space", "dimension": 2},
 }
 BOUND, FREE = ({"translation_equivariant": free} for free in (False, True))
-LONG = {"steps": 8000}  # where a potential holds mass together, more training goes on to help (docs/operator.md)
 # case -> (config, changes of its sections)
 CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
-    "fokker_planck_1": ("heat", {"network": BOUND, "method": {"functional": [QUADRATIC, ENTROPY]}, "train": LONG}),
+    "fokker_planck_1": (
+        "heat",
+        {"network": BOUND, "method": {"functional": [QUADRATIC, ENTROPY]}, "train": {"steps": 8000}},
+    ),
     "double_well_1": (
         "heat",
-        {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": LONG},
+        {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": {"steps": 4000}},
     ),
     "fokker_planck_2": ("fokker_planck", {}),
     "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 3000}}),

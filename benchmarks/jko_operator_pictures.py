@@ -51,7 +51,7 @@ def rollout(flow: gengrad.Flow, number: int) -> Figure:
     operator, generator = doubled(flow)[0], generator_for(1, "operator/held out", number)
     settings = next(family for family in flow.info["config"]["method"]["initial"] if family["name"] == "mixtures")
     members = FAMILIES.build(settings).members(1, 1, generator)
-    x = members.push(points_of_the_cube(1, 1024, 1 + members.spare, generator))[0]
+    x = members.cloud(points_of_the_cube(1, 1024, 1 + members.spare, generator))[0]
     log_rho = members.log_density(x[None])[0]
     exact = on_the_line(operator, lambda z: members.log_density(z[None])[0], x, log_rho)
     figure, panels = new_figure(len(SHOWN), 12.0, 2.6)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib.util
 import json
 import os
@@ -148,8 +149,8 @@ def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Pat
     place = [f"data.path={file}", f"data.autoencoder_from={autoencoder}", f"out={folder}"]
     seeds = [f"seed={seed}", f"evaluate.seed={seed}"]
     settings = load_config(config, ["evaluate.n=1000", *overrides, *place, *seeds])
-    labels = read_objective(settings.data["objective"]).labels
-    stages = folder.parent / "_".join(["stages", *labels, str(settings.data["limit"]), autoencoder.name])
+    made_of = json.dumps([settings.data[key] for key in ("objective", "limit")], sort_keys=True)
+    stages = folder.parent / f"stages_{hashlib.sha256(made_of.encode()).hexdigest()[:8]}_{autoencoder.name}"
     for stage in STAGES:
         if (stages / stage).is_dir() and not (folder / stage).exists():
             shutil.copytree(stages / stage, folder / stage)
@@ -169,7 +170,7 @@ def move(flow: str, seed: int, smiles: list[str], autoencoder: Path, folder: Pat
         "before": rows[0],
         "after": rows[-1],
         "steps": rows,
-        **judged(folder, settings.source, seed),
+        **judged(folder, chain.placed(settings, folder).source, seed),
     }
 
 
@@ -186,7 +187,7 @@ def judged(folder: Path, source: dict, seed: int) -> dict:
     objective = read_objective({"components": [{"scorer": "sa", "transform": WINDOW}]})
     found = {f"median_sa_{name}": float(score(objective, texts, os.cpu_count() or 1).properties[:, 0].nanmedian())
              for name, texts in smiles.items()}  # fmt: skip
-    starts = Latents(folder=str(folder), **{name: source[name] for name in ("objective", "at_most", "where")})
+    starts = Latents(**{name: value for name, value in source.items() if name not in ("name", "take")})
     start = [starts.cloud.smiles[i] for i in starts.numbers.tolist()]
     if importlib.util.find_spec("fcd_torch") and min(len(start), len(smiles["after"])) >= LEAST:
         distance = frechet_chemnet(smiles["after"], start, seed)

@@ -78,10 +78,11 @@ def train(config: RunConfig, *, quiet: bool = False, again: str | None = None) -
             f"{out} lacks the autoencoder or the surrogate, which one process makes: run the same command once without "
             "the launcher, until the flow begins"
         )
+    ready = placed(config, out)  # before anything is made: it refuses what cannot be
     stopped = make(settings, out, say, device=_device(config), quiet=quiet)
     if stopped is not None:
         return Outcome(False, stopped, Progress(), 0.0, 0.0)
-    outcome = gengrad.run.train(placed(config, out), quiet=quiet, again=again)
+    outcome = gengrad.run.train(ready, quiet=quiet, again=again)
     if outcome.finished and rank == 0:
         follow(load(out), out, n=config.evaluate.n, seed=config.evaluate.seed, nfe=config.evaluate.nfe[0], say=say)
     return outcome
@@ -107,7 +108,9 @@ def placed(config: RunConfig, out: Path) -> RunConfig:
     for name, latents in (("data", data), ("source", source)):
         if latents["name"] == Latents.name:
             try:
-                Latents.Config(**{key: value for key, value in latents.items() if key != "name"}).columns()
+                Latents.Config(**{key: value for key, value in latents.items() if key != "name"}).columns(
+                    data["objective"]
+                )
             except ValueError as error:
                 raise ConfigError([f"{name}: {error}"]) from None
     if method.get("functional"):

@@ -48,14 +48,15 @@ class Members(ABC):
         """Means (count, d) and covariances (count, d, d) of what is ``smooth``."""
         raise NotImplementedError(f"the moments of {type(self).__name__} are not known")
 
-    def cloud(self, u: Tensor) -> Tensor:
+    def cloud(self, u: Tensor, within: Tensor | float = 0.5) -> Tensor:
         """``push`` of evenly spread u (count, n, d + spare), as near to the measure as so many points come.
 
-        A cloud says of its measure what its points say, no more: the covariance of 1,024 points of a net, of a Gaussian
-        of the plane, is off by 1.5 %, which is some percent of a JKO step. So each coordinate of u takes its ranks,
-        (rank + 1/2) / n, and what is ``smooth`` its own mean and covariance: there is no edge that a point could cross.
+        A cloud says of its measure what its points say, no more, and the covariance of a net of 1,024 points is off by
+        a percent, which is some percent of a JKO step. So each coordinate of u takes its ranks, (rank + ``within``) /
+        n, and what is ``smooth`` its own mean and covariance: there is no edge that a point could cross. ``within``: a
+        number, or (count, 1, d + spare), of [0, 1): by others than 1/2 two clouds of a measure on the line differ.
         """
-        x = self.push((u.argsort(1).argsort(1).to(u.dtype) + 0.5) / u.shape[1])
+        x = self.push((u.argsort(1).argsort(1).to(u.dtype) + within) / u.shape[1])
         return moved_to(x, *self.moments()) if self.smooth else x
 
     def score(self, x: Tensor) -> Tensor:
@@ -123,14 +124,13 @@ Families = Annotated[list[dict], BeforeValidator(read_families)]
 
 
 def clouds(
-    families: Sequence[dict], count: int, n: int, dimension: int, generator: torch.Generator, even: bool = True,
+    families: Sequence[dict], count: int, n: int, dimension: int, generator: torch.Generator,
     first: int | None = None, tails: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
-    n), float32. ``even``: from a Sobol net of the cube, shifted at random for each measure (Cranley and Patterson
-    1976), of which the first 2^k points are spread evenly too; else from independent points. All but the
-    ``first`` points (default: n) reach ``tails`` times as far, by ``push_wide``; the weights of the first are 1.
+    n), float32. The ``first`` of them (default: n) are ``Members.cloud`` of a Sobol net of the cube, their weights 1;
+    the others go on in the net and reach ``tails`` times as far, by ``push_wide``.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first
     x, log_rho, score = torch.empty(count, n, dimension), torch.empty(count, n), torch.empty(count, n, dimension)
@@ -140,10 +140,11 @@ def clouds(
         if not len(rows):
             continue
         members = FAMILIES.build(settings).members(len(rows), dimension, generator)
-        u = points_of_the_cube(len(rows), n, dimension + members.spare, generator, even)
+        u = points_of_the_cube(len(rows), n, dimension + members.spare, generator)
         points = members.cloud(u[:, :first])
         if first < n and tails == 1:
-            points = torch.cat([points, members.cloud(u[:, first:])], 1)
+            within = torch.rand(len(rows), 1, u.shape[2], generator=generator, dtype=torch.float64)
+            points = torch.cat([points, members.cloud(u[:, first:], within)], 1)
         elif first < n:
             far, weights = members.push_wide(u[:, first:], tails)
             points, weight[rows, first:] = torch.cat([points, far], 1), weights.float()

@@ -12,6 +12,8 @@ from torch import Tensor
 from gengrad.data.families import EDGE, Family, Members, direction, log_ball, rotations
 from gengrad.registry import FAMILIES
 
+MOST = 200  # steps to a quantile; with wide brackets and narrow components about 50 are halvings
+
 
 class GaussianMembers(Members):
     """sum_c w_c N(m_c, L_c L_c'): means (count, c, d), lower factors L (count, c, d, d), weights (count, c)."""
@@ -65,23 +67,27 @@ class GaussianMembers(Members):
 
 
 def mixture_quantile(u: Tensor, means: Tensor, stds: Tensor, weights: Tensor) -> Tensor:
-    """x (...) with sum_c w_c Phi((x - m_c) / s_c) = u (...), 0 < u < 1; the components' (..., c). Newton's method,
+    """x (...) with sum_c w_c Phi((x - m_c) / s_c) = u (...), 0 < u < 1; the components' (..., c).
 
-    halving the bracket where it would leave it. x lies between the components' own quantiles.
+    x lies between the components' own quantiles. Newton's method within that bracket; where it would leave it, or a
+    step is not shorter than half of the last one (narrow components make it cycle), the bracket is halved. Raises
+    ``RuntimeError`` where that does not end.
     """
     ends = means + stds * torch.special.ndtri(u)[..., None]
     low, high = ends.amin(-1), ends.amax(-1)
-    x = (weights * ends).sum(-1)
-    for _ in range(60):
+    x, last = (weights * ends).sum(-1).clamp(low, high), high - low
+    for _ in range(MOST):
         z = (x[..., None] - means) / stds
         excess = (weights * torch.special.ndtr(z)).sum(-1) - u
         low, high = torch.where(excess <= 0, x, low), torch.where(excess >= 0, x, high)
-        if bool((excess.abs() < 1e-13).all()):
-            break
+        if bool(((excess.abs() < 1e-13) | (high - low <= 1e-15 * (1 + x.abs()))).all()):
+            return x
         slope = (weights / stds * (-z.square() / 2).exp()).sum(-1) / math.sqrt(2 * math.pi)
-        step = x - excess / slope.clamp_min(1e-300)
-        x = torch.where((step > low) & (step < high), step, (low + high) / 2)
-    return x
+        step = excess / slope.clamp_min(1e-300)
+        good = (x - step > low) & (x - step < high) & (step.abs() < last / 2)
+        after = torch.where(good, x - step, (low + high) / 2)
+        x, last = after, (after - x).abs()
+    raise RuntimeError(f"a quantile of a mixture was not found in {MOST} steps")
 
 
 @FAMILIES.register("gaussians")

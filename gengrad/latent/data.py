@@ -96,11 +96,11 @@ class Latents(FiniteData):
                 raise ValueError("column and limit are for a file: give path, or set the size of the library")
             return self
 
-        def columns(self) -> dict[str, int]:
+        def columns(self, objective: dict) -> dict[str, int]:
             """Of the properties that ``where`` names; ``ValueError`` for one that the objective does not score."""
             from gengrad.molecules.objective import read_objective
 
-            labels = read_objective(self.objective).labels
+            labels = read_objective(objective).labels
             if unknown := [label for label in self.where if label not in labels]:
                 raise ValueError(
                     f"where chooses by {', '.join(unknown)}, which the objective does not score; it scores "
@@ -121,17 +121,17 @@ class Latents(FiniteData):
             keep &= cloud.total >= c.at_least
         if c.at_most is not None:
             keep &= cloud.total <= c.at_most
-        for label, column in c.columns().items():
+        for label, column in c.columns(cloud.info["objective"]).items():
             keep &= c.where[label].hold(cloud.properties[:, column])
         if keep.sum() < 2:
             known = cloud.total[~cloud.total.isnan()]
             reach = f"from {known.min():.4g} to {known.max():.4g}" if len(known) else "nowhere: they have no total"
             given = {"at_least": c.at_least, "at_most": c.at_most}
-            bounds = [f"{key}={value:g}" for key, value in given.items() if value is not None]
+            bounds = [f"a total {key.replace('_', ' ')} {value:g}" for key, value in given.items() if value is not None]
             bounds += [f"{label} {bound}" for label, bound in c.where.items()]
             raise ValueError(
-                f"{int(keep.sum())} of {len(keep)} molecules have a total with {' and '.join(bounds) or 'no bounds'}; "
-                f"the totals go {reach}. At least 2 are needed: move the bounds"
+                f"{int(keep.sum())} of {len(keep)} molecules have {', '.join(bounds) or 'no bounds'}; the totals go "
+                f"{reach}. At least 2 are needed: move the bounds"
             )
         self.numbers = keep.nonzero().flatten()
         if c.take is not None and c.take < len(self.numbers):

@@ -15,6 +15,7 @@ from gengrad.networks.mlp import perceptron
 from gengrad.registry import NETWORKS, Configured, Settings
 
 LARGEST_JACOBIAN = 3  # dimensions up to which log det DT is written out
+SHORT = 0.25  # of sqrt(tau), what a step of an entropy makes of a point: no cloud counts as narrower than that
 FOLD = 0.05  # det DT below which log det is continued by its tangent, down through zero
 
 
@@ -141,14 +142,14 @@ class SetOperator(nn.Module, Configured):
             raise ValueError(f"network 'set_operator' moves clouds of points (d,), not events {tuple(event_shape)}")
         self.event_shape, (self.d,) = tuple(event_shape), event_shape
         c, d, parts = self.config, self.d, 1 + self.config.scaled
-        self.placed = 0 if c.translation_equivariant else d  # coordinates of x, and of the mean, that are seen
-        known = self.placed + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights
-        self.particle = perceptron(self.placed + d + known, c.width, 1, c.width, "silu")
+        self.located = 0 if c.translation_equivariant else d  # coordinates that say where: of x, and of the mean
+        known = self.located + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights
+        self.particle = perceptron(self.located + d + known, c.width, 1, c.width, "silu")
         self.induced = nn.Parameter(torch.randn(c.blocks + 1, c.tokens, c.width))
         self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
         self.scatter = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks))
         self.affine = nn.Linear(c.width, parts * d * (d + 1) + c.kernels)
-        self.point = perceptron(self.placed + d + known + c.kernels * (d + 1), c.width, 1, c.width, "silu")
+        self.point = perceptron(self.located + d + known + c.kernels * (d + 1), c.width, 1, c.width, "silu")
         self.ask = Attention(c.width, c.heads)
         self.head = perceptron(c.width, c.width, c.depth, parts * d, "silu")
         with torch.no_grad():
@@ -172,7 +173,7 @@ class SetOperator(nn.Module, Configured):
         away = away / scale
         rows, columns = torch.triu_indices(self.d, self.d)
         covariance = (away.mT @ away / away.shape[-2])[..., rows, columns].unsqueeze(-2)
-        known = [mean[..., : self.placed], scale.log(), covariance]
+        known = [mean[..., : self.located], scale.log(), covariance]
         if self.config.on_tau:
             known.append(torch.full_like(scale, math.log(tau)))
         known += [torch.full_like(scale, math.log(weight)) for weight in weights]
@@ -184,7 +185,7 @@ class SetOperator(nn.Module, Configured):
                 h = self.scatter[level](h, *self.scatter[level].seen(tokens))
         coefficients = self.affine(tokens.mean(-2))
         cut = coefficients.shape[-1] - self.config.kernels
-        affine, ascent = self._whole(coefficients[..., :cut], scale[..., 0]), coefficients[..., None, cut:]
+        affine, ascent = self._whole(coefficients[..., :cut], scale[..., 0], tau), coefficients[..., None, cut:]
         affine = affine.unflatten(-1, (self.d, self.d + 1))
         linear, shift = affine[..., : self.d], affine[..., None, :, self.d]
         return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau)
@@ -213,7 +214,7 @@ class SetOperator(nn.Module, Configured):
             logs, slopes, *_ = self._density(away, c)
             local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
         h = self.ask(self.point(self._beside(x, away, c.known, *local)), c.keys, c.values)
-        return x + c.tau * (away @ c.linear.mT + c.shift + pushed + self._whole(self.head(h), c.scale))
+        return x + c.tau * (away @ c.linear.mT + c.shift + pushed + self._whole(self.head(h), c.scale, c.tau))
 
     def _jacobian(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if self.d > LARGEST_JACOBIAN:
@@ -222,8 +223,8 @@ class SetOperator(nn.Module, Configured):
         away, local, pushed, turned = (x - c.mean) / c.scale, [], 0.0, 0.0
         along = torch.eye(d, dtype=x.dtype, device=x.device).view(d, *[1] * (x.dim() - 1), d)  # of x, of away
         weight = self.point[0].weight
-        ahead = weight[:, self.placed : self.placed + d] / c.scale
-        v = along @ (ahead + weight[:, :d] if self.placed else ahead).mT
+        ahead = weight[:, self.located : self.located + d] / c.scale
+        v = along @ (ahead + weight[:, :d] if self.located else ahead).mT
         if self.config.kernels:
             logs, slopes, rises, turns = self._density(away, c, along / c.scale)
             local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
@@ -232,20 +233,20 @@ class SetOperator(nn.Module, Configured):
         h = self.point[0](self._beside(x, away, c.known, *local))
         h, v = dual(self.point[1:], h, v.expand(d, *h.shape))
         h, v = dual(self.head, *self.ask.dual(h, v, c.keys, c.values))
-        h, v = self._whole(h, c.scale), self._whole(v, c.scale)
+        h, v = (self._whole(parts, c.scale, c.tau) for parts in (h, v))
         moved = x + c.tau * (away @ c.linear.mT + c.shift + pushed + h)
         columns = along + c.tau * (along @ c.linear.mT / c.scale + turned + v)
         return moved, columns.movedim(0, -1)
 
-    def _whole(self, parts: Tensor, scale: Tensor) -> Tensor:
-        """A displacement of its parts, the second one in units of 1 / scale."""
+    def _whole(self, parts: Tensor, scale: Tensor, tau: float) -> Tensor:
+        """A displacement of its parts, the second one in units of 1 / scale: that of the cloud, or of a part of a step."""
         if not self.config.scaled:
             return parts
         one, other = parts.chunk(2, -1)
-        return one + other / scale
+        return one + other / scale.clamp_min(SHORT * math.sqrt(tau))
 
     def _beside(self, x: Tensor, away: Tensor, known: Tensor, *local: Tensor) -> Tensor:
-        return torch.cat([x[..., : self.placed], away, known.expand(*x.shape[:-1], -1), *local], -1)
+        return torch.cat([x[..., : self.located], away, known.expand(*x.shape[:-1], -1), *local], -1)
 
 
 def determinant(jacobian: Tensor) -> Tensor:

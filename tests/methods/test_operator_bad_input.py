@@ -40,6 +40,11 @@ CASES = {
         {"network": {"name": "mlp"}}, {}, ["method 'jko_operator' learns an operator", "set_operator"],
     ),
     "many taus of a network that sees none": ({}, {"taus": [0.05, 0.2]}, ["on_tau=true"]),
+    "a network blind to where a potential pulls": (
+        {"network": {**BASE["network"], "translation_equivariant": True}},
+        {"functional": {"name": "potential", "potential": "quadratic"}},
+        ["translation_equivariant", "internal and interaction energies alone do not"],
+    ),
     "taus beside tau": ({}, {"taus": [0.2, 0.4]}, ["around tau=0.1"]),
     "no steps": ({}, {"jko_steps": 0}, ["method.jko_steps", "greater than or equal to 1"]),
     "fewer evaluations than steps": ({"evaluate": {"nfe": [1]}}, {}, ["takes 2 network evaluations"]),

@@ -201,6 +201,13 @@ def test_scaled_operators_move_by_parts_in_units_of_one_over_the_scale():
     assert torch.allclose(context.shift[0] * context.scale[0], found[0][6:].view(2, 3)[:, 2], atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 20])
+def test_clouds_far_narrower_than_a_step_are_not_thrown_far_away(n):
+    """In units of 1 / scale without end, a point would fly off by 10^4."""
+    network, x = operator(), 1e-9 * cloud(n, 2)
+    assert (network(x, x, 0.1) - x).abs().max() < 5
+
+
 def test_only_with_on_tau_does_the_direction_depend_on_tau():
     x = cloud(20, 2)
     for on_tau in (False, True):

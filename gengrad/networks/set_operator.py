@@ -239,7 +239,7 @@ class SetOperator(nn.Module, Configured):
         return moved, columns.movedim(0, -1)
 
     def _whole(self, parts: Tensor, scale: Tensor, tau: float) -> Tensor:
-        """A displacement of its parts, the second one in units of 1 / scale: that of the cloud, or of a part of a step."""
+        """A displacement of its parts, the second one in units of 1 / scale, of the cloud or a part of a step."""
         if not self.config.scaled:
             return parts
         one, other = parts.chunk(2, -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import gengrad
 from gengrad.chain import parts_of
+from gengrad.latent.data import Latents
 from gengrad.latent.population import population, start, states
 from gengrad.latent.steps import Observer
 from gengrad.machine import cpus
@@ -67,8 +68,10 @@ def unseen(folder: Path, smiles: list[str], n: int, seed: int) -> dict:
     codec, objective, surrogate, cloud = parts_of(flow)
     config, known = flow.info["config"], set(cloud.smiles)
     fresh = [text for text in smiles if text not in known][: 12 * n]
-    total = score(objective, fresh, cpus()).total
-    poor = [text for text, value in zip(fresh, total.tolist()) if value <= config["source"]["at_most"]]
+    scores = score(objective, fresh, cpus())
+    bounds = Latents.Config(**{key: value for key, value in config["source"].items() if key != "name"})
+    keep = bounds.chosen(scores.total, scores.properties, objective.settings.model_dump(mode="json"))
+    poor = [text for text, chosen in zip(fresh, keep.tolist()) if chosen]
     rows = {text: row for text, row in zip(poor, codec.rows(poor, cpus())) if not isinstance(row, ValueError)}
     chosen = list(rows)[:n]
     if len(chosen) < 2:

@@ -108,6 +108,17 @@ class Latents(FiniteData):
                 )
             return {label: labels.index(label) for label in self.where}
 
+        def chosen(self, total: Tensor, properties: Tensor, objective: dict) -> Tensor:
+            """Which molecules lie within the bounds, bool (n,); totals (n,) and properties (n, k) by ``objective``."""
+            keep = torch.ones(len(total), dtype=torch.bool)
+            if self.at_least is not None:
+                keep &= total >= self.at_least
+            if self.at_most is not None:
+                keep &= total <= self.at_most
+            for label, column in self.columns(objective).items():
+                keep &= self.where[label].hold(properties[:, column])
+            return keep
+
     def prepare(self) -> None:
         c = self.config
         if c.folder is None:
@@ -116,13 +127,7 @@ class Latents(FiniteData):
                 "configs/molecules/qed_jko_icnn.yaml out=RUN; afterwards data.folder=RUN"
             )
         cloud = Cloud.load(Path(c.folder) / KIND)
-        keep = torch.ones(len(cloud.total), dtype=torch.bool)
-        if c.at_least is not None:
-            keep &= cloud.total >= c.at_least
-        if c.at_most is not None:
-            keep &= cloud.total <= c.at_most
-        for label, column in c.columns(cloud.info["objective"]).items():
-            keep &= c.where[label].hold(cloud.properties[:, column])
+        keep = c.chosen(cloud.total, cloud.properties, cloud.info["objective"])
         if keep.sum() < 2:
             known = cloud.total[~cloud.total.isnan()]
             reach = f"from {known.min():.4g} to {known.max():.4g}" if len(known) else "nowhere: they have no total"

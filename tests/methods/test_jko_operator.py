@@ -257,7 +257,7 @@ def test_one_operator_serves_the_weights_that_it_was_trained_for(tmp_path):
         raw = config(
             tmp_path / name, data={"dimension": 1}, network={"on_weights": len(changes), "kernels": 0},
             method={"functional": {"name": "potential", "potential": "quadratic", "weight": 1.4}, "tau": tau,
-                    "jko_steps": 2, **changes}, train={"steps": 400, "lr": 1e-2, "optimizer": "soap"},
+                    "jko_steps": 2, **changes}, train={"steps": 600, "lr": 1e-2, "optimizer": "soap"},
         )  # fmt: skip
         assert main(["train", str(written(tmp_path, raw))]) == 0
         flow = gengrad.load(tmp_path / name)

@@ -108,11 +108,10 @@ def placed(config: RunConfig, out: Path) -> RunConfig:
     for name, latents in (("data", data), ("source", source)):
         if latents["name"] == Latents.name:
             try:
-                Latents.Config(**{key: value for key, value in latents.items() if key != "name"}).columns(
-                    data["objective"]
-                )
+                settings = {key: value for key, value in latents.items() if key != "name"}
+                Latents.Config(**settings).columns(data["objective"])
             except ValueError as error:
-                raise ConfigError([f"{name}: {error}"]) from None
+                raise ConfigError(f"{name}: {error}") from None
     if method.get("functional"):
         method = {**method, "functional": [_with_surrogate(term, out) for term in method["functional"]]}
     return replace(config, data=data, source=source, method=method)

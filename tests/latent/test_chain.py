@@ -119,7 +119,10 @@ def test_the_same_command_takes_every_stage_that_is_there(folder, capsys):
         ({"data.at_most": -1.0}, "0 of 80 molecules"),
         ({"data.at_least": 1.0, "data.at_most": 0.5}, "must not lie above"),
         ({"data.objective": "{components: [qedd]}"}, "qedd"),
-        ({"source.where": "{sa: {at_most: 3}}"}, "source: where chooses by sa, which the objective does not score"),
+        (
+            {"source.where": "{sa: {at_most: 3}}"},
+            "gengrad: source: where chooses by sa, which the objective does not score",
+        ),
         ({"data.where": "{qed: {}}"}, "give at_least, at_most or both"),
         ({"data.path": "null", "data.library": 5}, "library"),
     ],

@@ -41,10 +41,11 @@ from jko_operator_cells import ABLATIONS, CASES, SEVERAL, config_of, trained
 import gengrad
 from gengrad.config import read_config
 from gengrad.data.draws import draw
-from gengrad.evaluation.operators import judge_held_out, judge_source, on_the_line
+from gengrad.evaluation.operators import judge_held_out, judge_source
+from gengrad.evaluation.references import on_the_line
 from gengrad.flows.operator import OperatorTransport, operator_of
 from gengrad.functionals.expression import has_pairs
-from gengrad.rollouts import more_components
+from gengrad.rollouts import independent_coordinates, more_components
 
 ROLLOUTS = 32
 SOURCE = {"name": "gaussian_mixture", "means": [[-1.0], [1.0]], "scales": [0.5, 0.4]}  # of the parts speed and warm
@@ -77,6 +78,8 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
     if not given.quick:
         kinds += [("more_components", more_components(config["method"]), few, True)]
         kinds += [("independent", config["method"]["initial"], few, False)]
+        if (products := independent_coordinates(flow)) is not None:
+            kinds += [("products", products, few, True)]
     for name, families, n, even in kinds:
         held = judge_held_out(flow, families, 2 * horizon, count=count, n=n, seed=seed + 1, even=even)
         found |= {
@@ -130,7 +133,7 @@ def per_step(steps: int, method: dict, folder: str, **changes) -> tuple:
 def error_of(law: gengrad.data.GaussianMixture, operator: OperatorTransport, move: Callable) -> float:
     """Root of E|X - X_ref|^2 after one step from the mixture, as a share of the way."""
     x = draw(law, 0, 4096, 1, "source").double()
-    truth = on_the_line(operator, law.log_density, x, law.log_density(x))(1)[0]
+    truth = on_the_line(operator.functional(), operator.tau, law.log_density, x, law.log_density(x))(1)[0]
     with torch.no_grad():
         return float(((move(x) - truth).square().mean() / (x - truth).square().mean()).sqrt())
 

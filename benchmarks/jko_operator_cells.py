@@ -13,11 +13,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "operator"
 QUADRATIC = {"name": "potential", "potential": {"name": "quadratic"}}
 WELLS = {"name": "potential", "potential": {"name": "double_well", "height": 0.5}}
 ENTROPY = {"name": "entropy"}
-LINE = {"source": {"name": "gaussian", "mean": [0.5], "covariance": [[0.5]]}, "data": {"name": "space", "dimension": 1}}
-PLANE = {
-    "source": {"name": "gaussian", "mean": [1.0, -0.5], "covariance": [[0.4, 0.15], [0.15, 0.25]]},
-    "data": {"name": "space", "dimension": 2},
-}
+PLANE = {"name": "space", "dimension": 2}
 BOUND, FREE = ({"translation_equivariant": free} for free in (False, True))
 # case -> (config, changes of its sections)
 CASES: dict[str, tuple[str, dict]] = {
@@ -31,9 +27,15 @@ CASES: dict[str, tuple[str, dict]] = {
         {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": {"steps": 4000}},
     ),
     "fokker_planck_2": ("fokker_planck", {}),
-    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 3000}}),
+    "double_well_2": (
+        "fokker_planck",
+        {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}},
+    ),
+    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}}),
     "porous_medium_1": ("porous_medium", {}),
+    "porous_medium_2": ("porous_medium", {"source": {"dimension": 2}, "data": PLANE}),
     "aggregation_1": ("aggregation", {}),
+    "aggregation_2": ("aggregation", {"source": {"name": "ball", "dimension": 2}, "data": PLANE}),
     "attraction_repulsion_2": ("attraction_repulsion", {}),
     "sinkhorn_2": ("sinkhorn", {}),
 }
@@ -44,7 +46,7 @@ ABLATIONS: dict[str, dict] = {
     "initial densities only": {"rollout": False},
     "without average": {"average": False},
     "without fresh": {"fresh": 0.0},
-    "without curriculum": {"curriculum": 0.0},
+    "with a curriculum": {"curriculum": 0.4},
 }
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import gengrad
 from gengrad.data.draws import generator_for
 from gengrad.data.families import points_of_the_cube
-from gengrad.evaluation.operators import on_the_line
+from gengrad.evaluation.references import on_the_line
 from gengrad.files import read_json
 from gengrad.flows.densities import doubled
 from gengrad.flows.operator import push
@@ -53,7 +53,7 @@ def rollout(flow: gengrad.Flow, number: int) -> Figure:
     members = FAMILIES.build(settings).members(1, 1, generator)
     x = members.cloud(points_of_the_cube(1, 1024, 1 + members.spare, generator))[0]
     log_rho = members.log_density(x[None])[0]
-    exact = on_the_line(operator, lambda z: members.log_density(z[None])[0], x, log_rho)
+    exact = on_the_line(operator.functional(), operator.tau, lambda z: members.log_density(z[None])[0], x, log_rho)
     figure, panels = new_figure(len(SHOWN), 12.0, 2.6)
     state, seen, order = (x, log_rho), x, x[:, 0].argsort()
     for step in range(max(SHOWN) + 1):

@@ -7,6 +7,7 @@ from pathlib import Path
 from gengrad import plotting
 from gengrad.data.families import read_families
 from gengrad.evaluation.operators import judge_held_out, judge_source, law_of
+from gengrad.evaluation.references import axes_of
 from gengrad.evaluation.steps import steps_table
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
@@ -33,9 +34,12 @@ def judge_operator(flow: Flow, folder: Path, *, n: int, seed: int) -> dict:
         plotting.density_gif(states, law_of(flow), way.times.tolist(), folder / "rollout.gif")
     else:
         plotting.trajectory_gif(way.states[:, :1000], folder / "rollout.gif")
+    kinds = [("as in training", config["initial"]), ("more components", more_components(config))]
+    if (apart := independent_coordinates(flow)) is not None:
+        kinds.append(("independent coordinates", apart))
     held_out = {
         name: judge_held_out(flow, families, steps, count=ROLLOUTS, n=PAIRS // 2 if pairs else PARTICLES, seed=seed)
-        for name, families in (("as in training", config["initial"]), ("more components", more_components(config)))
+        for name, families in kinds
     }
     lines = [steps_table(rows), "", held_out_table(held_out)]
     table = "\n".join(lines)
@@ -51,6 +55,20 @@ def more_components(config: dict) -> list[dict]:
     most = max((family.get("components", 0) for family in config["initial"]), default=0)
     wanted = {"name": "mixtures", "components": 2 * max(most, 2)}
     return read_families(wanted | {key: first[key] for key in ("reach", "smallest", "largest")})
+
+
+def independent_coordinates(flow: Flow) -> list[dict] | None:
+    """Mixtures in the plane and in space of which exact steps are known: ``products`` of two components each, of the
+
+    reach and sizes of the training's mixtures, along the axes in which the functional is a sum. None where there are no
+    mixtures or no axes.
+    """
+    families, (d,) = flow.info["config"]["method"]["initial"], flow.event_shape
+    mixtures = next((family for family in families if family["name"] == "mixtures"), None)
+    if mixtures is None or d not in (2, 3) or (axes := axes_of(operator_of(flow).functional(), d)) is None:
+        return None
+    kept = {key: mixtures[key] for key in ("reach", "smallest", "largest")}
+    return read_families({**kept, "name": "products", "components": 2, "axes": axes.tolist()})
 
 
 def held_out_table(held_out: dict[str, dict]) -> str:

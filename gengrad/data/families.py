@@ -16,7 +16,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor
 
-from gengrad.data.moments import moved_to
+from gengrad.data.even_clouds import lattice
 from gengrad.registry import FAMILIES, Configured, Settings
 
 EDGE = 1e-6  # u stays so far from the faces of the cube, where a Gaussian quantile is infinite
@@ -44,20 +44,15 @@ class Members(ABC):
     def log_density(self, x: Tensor) -> Tensor:
         """log rho at x (count, n, d) -> (count, n)."""
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Means (count, d) and covariances (count, d, d) of what is ``smooth``."""
-        raise NotImplementedError(f"the moments of {type(self).__name__} are not known")
-
     def cloud(self, u: Tensor, within: Tensor | float = 0.5) -> Tensor:
         """``push`` of evenly spread u (count, n, d + spare), as near to the measure as so many points come.
 
         A cloud says of its measure what its points say, no more, and the covariance of a net of 1,024 points is off by
-        a percent, which is some percent of a JKO step. So each coordinate of u takes its ranks, (rank + ``within``) /
-        n, and what is ``smooth`` its own mean and covariance: there is no edge that a point could cross. ``within``: a
-        number, or (count, 1, d + spare), of [0, 1): by others than 1/2 two clouds of a measure on the line differ.
+        a percent, which is some percent of a JKO step. So u is replaced by a ``lattice`` of so many points; where a
+        subclass knows more, it takes the measure's own moments and lets the points settle. ``within``: a number, or
+        (count, 1, 1), of [0, 1): by others than 1/2 two clouds of a measure on the line differ.
         """
-        x = self.push((u.argsort(1).argsort(1).to(u.dtype) + within) / u.shape[1])
-        return moved_to(x, *self.moments()) if self.smooth else x
+        return self.push(lattice(u, u.shape[-1] - self.spare, within))
 
     def score(self, x: Tensor) -> Tensor:
         """grad log rho at x, like x; NaN where the density is not smooth."""
@@ -92,6 +87,12 @@ class Family(Configured, ABC):
     def _sizes(self, *shape: int, generator: torch.Generator) -> Tensor:
         low, high = math.log(self.config.smallest), math.log(self.config.largest)
         return (low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)).exp()
+
+    def _oblong(self, count: int, each: int, dimension: int, generator: torch.Generator) -> Tensor:
+        """Lower factors (count, each, d, d) of covariances with such sizes in directions drawn evenly."""
+        stds = self._sizes(count, each, dimension, generator=generator)
+        turn = rotations(count * each, dimension, generator).view(count, each, dimension, dimension)
+        return torch.linalg.cholesky((turn * stds[..., None, :].square()) @ turn.mT)
 
     def _balls(self, count: int, dimension: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Centres (count, d) and radii (count, 1); raises ``ValueError`` above three dimensions."""
@@ -143,7 +144,7 @@ def clouds(
         u = points_of_the_cube(len(rows), n, dimension + members.spare, generator)
         points = members.cloud(u[:, :first])
         if first < n and tails == 1:
-            within = torch.rand(len(rows), 1, u.shape[2], generator=generator, dtype=torch.float64)
+            within = torch.rand(len(rows), 1, 1, generator=generator, dtype=torch.float64)
             points = torch.cat([points, members.cloud(u[:, first:], within)], 1)
         elif first < n:
             far, weights = members.push_wide(u[:, first:], tails)

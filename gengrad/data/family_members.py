@@ -1,15 +1,18 @@
-"""The families of initial densities: Gaussians, mixtures, boxes, annuli, Barenblatt profiles."""
+"""The families of initial densities: Gaussians, mixtures, products of these, boxes, annuli, Barenblatt profiles."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from gengrad.data.even_clouds import lattice, settled
 from gengrad.data.families import EDGE, Family, Members, direction, log_ball, rotations
+from gengrad.data.moments import moved_to
 from gengrad.registry import FAMILIES
 
 MOST = 200  # steps to a quantile; with wide brackets and narrow components about 50 are halvings
@@ -39,6 +42,18 @@ class GaussianMembers(Members):
             white = (x[-1][..., None] - centres) / stds
             z, logs = torch.cat([z, white[..., None]], -1), logs - white.square() / 2 - stds.log()
         return torch.stack(x, -1)
+
+    def cloud(self, u: Tensor, within: Tensor | float = 0.5) -> Tensor:
+        x = self.push(lattice(u, u.shape[-1] - self.spare, within))
+        if x.shape[-1] > 1:  # on the line they are quantiles: nothing is nearer
+            x = settled(x, self.log_density, self._smoothed)
+        return moved_to(x, *self.moments())
+
+    def _smoothed(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        """The log density after a convolution with N(0, h^2 I), h (count, 1, 1)."""
+        wider = h[..., None].square() * torch.eye(self.means.shape[-1], dtype=h.dtype)
+        factors = torch.linalg.cholesky(self.factors @ self.factors.mT + wider)
+        return GaussianMembers(self.means, factors, self.weights).log_density
 
     def moments(self) -> tuple[Tensor, Tensor]:
         w = self.weights[..., None]
@@ -96,28 +111,84 @@ class Gaussians(Family):
 
     def members(self, count: int, dimension: int, generator: torch.Generator) -> GaussianMembers:
         centres = self._centres(count, 1, dimension, generator=generator)
-        stds = self._sizes(count, 1, dimension, generator=generator)
-        turn = rotations(count, dimension, generator)[:, None]
-        factors = torch.linalg.cholesky((turn * stds[..., None, :].square()) @ turn.mT)
+        factors = self._oblong(count, 1, dimension, generator)
         return GaussianMembers(centres, factors, torch.ones(count, 1, dtype=torch.float64))
 
 
 @FAMILIES.register("mixtures")
 class Mixtures(Family):
-    """Two to ``components`` round Gaussians, each with a centre, a size and a weight (0.5 to 1.5 before sharing)."""
+    """Two to ``components`` Gaussians, each with a centre, a size and a weight (0.5 to 1.5 before sharing).
+
+    They are round; ``oblong`` ones have a size for each direction, as ``gaussians`` have.
+    """
 
     class Config(Family.Config):
         components: int = Field(3, ge=2)
+        oblong: bool = False
 
     def members(self, count: int, dimension: int, generator: torch.Generator) -> GaussianMembers:
         most = self.config.components
         centres = self._centres(count, most, dimension, generator=generator)
-        stds = self._sizes(count, most, 1, 1, generator=generator)
+        if self.config.oblong:
+            factors = self._oblong(count, most, dimension, generator)
+        else:
+            stds = self._sizes(count, most, 1, 1, generator=generator)
+            factors = stds * torch.eye(dimension, dtype=torch.float64)
         weights = 0.5 + torch.rand(count, most, generator=generator, dtype=torch.float64)
         present = torch.randint(2, most + 1, (count, 1), generator=generator) > torch.arange(most)
         weights = weights * present
-        factors = stds * torch.eye(dimension, dtype=torch.float64)
         return GaussianMembers(centres, factors, weights / weights.sum(1, keepdim=True))
+
+
+class ProductMembers(GaussianMembers):
+    """Independent coordinates x . axes_k, of the laws ``marginals`` on the line; ``axes`` (d, d) orthonormal rows."""
+
+    def __init__(self, marginals: list[GaussianMembers], axes: Tensor):
+        self.marginals, self.axes = marginals, axes
+        each = torch.cartesian_prod(*(torch.arange(law.weights.shape[1]) for law in marginals)).view(-1, len(axes))
+        means, stds, weights = (
+            torch.stack([values[:, column] for values, column in zip(one, each.T)], -1)
+            for one in (
+                [law.means[..., 0] for law in marginals],
+                [law.factors[..., 0, 0] for law in marginals],
+                [law.weights for law in marginals],
+            )
+        )
+        factors = torch.linalg.cholesky((axes.mT * stds[..., None, :].square()) @ axes)
+        super().__init__(means @ axes, factors, weights.prod(-1))
+
+
+@FAMILIES.register("products")
+class Products(Family):
+    """Coordinates independent of each other, each with a law of ``mixtures`` on the line; d <= 3.
+
+    ``axes``: the directions of these coordinates, orthonormal rows; none: those of space. Where a functional is a sum
+    over the same coordinates (an entropy, a potential), its JKO step moves each by itself.
+    """
+
+    class Config(Family.Config):
+        components: int = Field(3, ge=2)
+        axes: list[list[float]] | None = None
+
+        @model_validator(mode="after")
+        def _orthonormal(self):
+            if self.axes is None:
+                return self
+            if len({len(row) for row in self.axes} | {len(self.axes)}) > 1:
+                raise ValueError("axes: as many rows as columns, the directions of independent coordinates")
+            rows = torch.tensor(self.axes, dtype=torch.float64)
+            if not torch.allclose(rows @ rows.mT, torch.eye(len(rows), dtype=torch.float64), atol=1e-6):
+                raise ValueError("axes: rows of length 1 at right angles to each other")
+            return self
+
+    def members(self, count: int, dimension: int, generator: torch.Generator) -> ProductMembers:
+        if dimension > 3:
+            raise ValueError(f"family {self.name!r} is for d <= 3; these points have d = {dimension}")
+        axes = torch.tensor(self.config.axes or torch.eye(dimension).tolist(), dtype=torch.float64)
+        if len(axes) != dimension:
+            raise ValueError(f"family {self.name!r}: {len(axes)} axes for points of d = {dimension}")
+        law = Mixtures(**self.config.model_dump(exclude={"axes"}))
+        return ProductMembers([law.members(count, 1, generator) for _ in range(dimension)], axes)
 
 
 class PlacedMembers(Members):

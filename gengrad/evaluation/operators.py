@@ -8,78 +8,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
-from gengrad.data.families import Members, points_of_the_cube
-from gengrad.data.gaussians import Gaussian
+from gengrad.data.families import points_of_the_cube
+from gengrad.evaluation.references import Reference, State, reference_of, reference_of_member
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
-from gengrad.flows.cloud_step import implicit_cloud_step
 from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.flow import Flow
-from gengrad.flows.line import Line, carried, implicit_step
 from gengrad.flows.operator import Evolution, OperatorTransport, energies_of, operator_of, push
-from gengrad.ot import bures_map
 from gengrad.registry import FAMILIES
 
 NOTICED = 1e-3  # of the fall since the start: a rise that counts, where a rollout has come to rest
-State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them, where the energy needs it
-Reference = Callable[[int], State]  # step -> the state that exact implicit steps lead to, from the same points
-
-
-def reference_of(transport: OperatorTransport, law: Distribution, x: Tensor, log_rho: Tensor | None) -> Reference:
-    """Where exact implicit steps bring the points x (n, d) of ``law``; raises ``ValueError`` where nothing is known.
-
-    Gaussians under quadratic potentials and entropy, profiles that keep their shape: closed forms. Energies of
-    particles: the steps of the very cloud. On the line any density under potential and internal energies:
-    ``implicit_step``.
-    """
-    truth = truth_of_flow({"functional": transport.terms, "tau": transport.tau}, law)
-    if isinstance(truth, GaussianTruth):
-        return lambda k: _affine(*bures_map(*truth.implicit(0), *truth.implicit(k)), x, log_rho)
-    if isinstance(truth, RadialTruth):
-        eye = torch.eye(x.shape[1], dtype=torch.float64)
-        return lambda k: _affine(eye * truth.implicit(k) / truth.implicit(0), torch.zeros(1).double(), x, log_rho)
-    if not transport.functional().needs_density:
-        return of_the_cloud(transport, x)
-    if x.shape[1] > 1:
-        raise ValueError("no reference is known here: neither a closed form nor a density on the line")
-    return on_the_line(transport, law.log_density, x, log_rho)
-
-
-def on_the_line(
-    transport: OperatorTransport, log_density: Callable[[Tensor], Tensor], x: Tensor, log_rho: Tensor
-) -> Reference:
-    """The reference by the solver on the line, each step solved when it is first asked for."""
-    reach = 2 * float(x.abs().max()) + 1
-    functional, lines = transport.functional(), [Line.of(log_density, -reach, reach)]
-
-    def state(k: int) -> State:
-        while len(lines) <= k:
-            lines.append(implicit_step(functional, lines[-1], transport.tau))
-        return carried(lines[0], lines[k], x, log_rho)
-
-    return state
-
-
-def of_the_cloud(transport: OperatorTransport, x: Tensor) -> Reference:
-    """The reference by the steps of the cloud x itself under an energy of particles."""
-    functional, clouds = transport.functional(), [x.double()]
-
-    def state(k: int) -> State:
-        while len(clouds) <= k:
-            clouds.append(implicit_cloud_step(functional, clouds[-1], transport.tau))
-        return clouds[k], None
-
-    return state
-
-
-def _affine(q: Tensor, b: Tensor, x: Tensor, log_rho: Tensor | None) -> State:
-    log_rho = None if log_rho is None else log_rho.double() - torch.linalg.slogdet(q).logabsdet
-    return x.double() @ q.mT + b, log_rho
 
 
 def judge_rollout(
@@ -158,10 +100,9 @@ def judge_held_out(
     """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
 
     ``fell``: the share of them whose energy fell in every step; ``folded``: of those in which the map folded, which
-    have no energy with a density from there on; where implicit steps are known, on the line (but for annuli, whose
-    density has a gap), for Gaussians and for energies of particles (``referenced`` of the rollouts, without those that
-    folded), ``gap`` and ``share`` of ``judge_rollout``, the largest of each rollout, their mean and (``worst_``) the
-    largest of all; ``_along``: the mean after each step.
+    have no energy with a density from there on; where implicit steps are known, by ``reference_of_member``
+    (``referenced`` of the rollouts, without those that folded), ``gap`` and ``share`` of ``judge_rollout``, the largest
+    of each rollout, their mean and (``worst_``) the largest of all; ``_along``: the mean after each step.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
     fell, folded, gaps, shares = [], [], [], []  # gaps and shares: lists along the steps
@@ -172,7 +113,8 @@ def judge_held_out(
         u = points_of_the_cube(1, n, d + members.spare, generator, even)
         x = members.cloud(u) if even else members.push(u)
         log_rho = members.log_density(x)[0]
-        rows = judge_rollout(transport, x[0], log_rho, steps, _known(transport, members, settings, x[0], log_rho))
+        reference = reference_of_member(transport, members, x[0], log_rho)
+        rows = judge_rollout(transport, x[0], log_rho, steps, reference)
         fell.append(not any(row["rose"] for row in rows))
         folded.append(not all(math.isfinite(row["energy"]) for row in rows))
         if "gap" in rows[0] and not folded[-1]:
@@ -186,24 +128,3 @@ def judge_held_out(
             found |= {name: sum(largest) / len(largest), f"worst_{name}": max(largest)}
             found[f"{name}_along"] = [sum(column) / len(column) for column in zip(*values)]
     return found
-
-
-def _known(
-    transport: OperatorTransport, members: Members, settings: dict, x: Tensor, log_rho: Tensor
-) -> Reference | None:  # fmt: skip
-    """The reference for the one member of a family, where implicit steps from it may be known."""
-    if not transport.functional().needs_density:
-        return of_the_cloud(transport, x)
-    if x.shape[1] == 1:
-        gap = settings["name"] == "annuli"  # in the density, which the solver does not take
-        return None if gap else on_the_line(transport, partial(_of_one, members), x, log_rho)
-    if settings["name"] == "gaussians":
-        mean, factor = members.means[0, 0], members.factors[0, 0]
-        law = Gaussian(mean=mean.tolist(), covariance=(factor @ factor.mT).tolist())
-        with suppress(ValueError):
-            return reference_of(transport, law, x, log_rho)
-    return None
-
-
-def _of_one(members: Members, x: Tensor) -> Tensor:
-    return members.log_density(x[None])[0]

@@ -48,7 +48,7 @@ def test_every_sample_lies_where_its_density_is_positive(name, d):
     x, log_rho, score, _ = clouds([{"name": name}], 4, 256, d, generator())
     assert x.shape == (4, 256, d) and log_rho.shape == (4, 256)
     assert x.isfinite().all() and log_rho.isfinite().all()
-    assert score.isfinite().all() if name in ("gaussians", "mixtures") else score.isnan().all()
+    assert score.isfinite().all() if name in ("gaussians", "mixtures", "products") else score.isnan().all()
 
 
 @pytest.mark.parametrize(("name", "d"), CASES)
@@ -99,6 +99,31 @@ def test_a_cloud_says_of_a_mixture_on_the_line_what_its_quantiles_say():
     assert (share - (torch.arange(256) + 0.5) / 256).abs().max() < 0.5 / 256
 
 
+AXES = [[0.8, 0.6], [-0.6, 0.8]]
+
+
+def test_the_coordinates_of_products_are_independent_along_their_axes():
+    members = FAMILIES.build({"name": "products", "axes": AXES}).members(3, 2, generator())
+    x = torch.randn(3, 50, 2, generator=generator(1), dtype=torch.float64)
+    parts = [law.log_density((x @ axis)[..., None]) for law, axis in zip(members.marginals, members.axes)]
+    assert torch.allclose(members.log_density(x), sum(parts), atol=1e-9)
+    assert len({tuple(law.means.flatten().tolist()) for law in members.marginals}) == 2  # not the same twice
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [([[1.0, 0.0]], "as many rows"), ([[1.0], [0.0]], "as many rows"), ([[1.0, 0.0], [0.6, 0.8]], "at right angles")],
+)
+def test_axes_that_are_no_axes_are_refused(axes, said):
+    with pytest.raises(ValueError, match=said):
+        read_families({"name": "products", "axes": axes})
+
+
+def test_axes_of_another_dimension_are_refused():
+    with pytest.raises(ValueError, match="2 axes for points of d = 1"):
+        FAMILIES.build({"name": "products", "axes": AXES}).members(1, 1, generator())
+
+
 @pytest.mark.parametrize("u", [1e-6, 0.2, 0.5, 1 - 1e-6])
 def test_the_quantile_of_a_mixture_solves_its_distribution_function(u):
     """Narrow components far apart, where Newton's method alone would leave the bracket; one has no weight."""
@@ -126,7 +151,7 @@ def test_the_particles_of_the_loss_are_others_than_those_of_the_context():
     x = clouds(read_families([{"name": "boxes"}, {"name": "gaussians"}]), 8, 128, 1, generator(), first=64)[0]
     one, two = x[:, :64].sort(1)[0], x[:, 64:].sort(1)[0]
     assert (one - two).abs().amax((1, 2)).min() > 1e-5
-    assert torch.allclose(one, two, atol=0.5)  # of the same measures
+    assert torch.allclose(one[:, 4:-4], two[:, 4:-4], atol=0.2)  # of the same measures
 
 
 def test_the_score_of_a_gaussian_is_its_closed_form():

@@ -12,15 +12,9 @@ from gengrad.data import Gaussian, GaussianMixture
 from gengrad.data.draws import generator_for
 from gengrad.data.families import read_families
 from gengrad.data.profiles import Barenblatt
-from gengrad.evaluation import operators
-from gengrad.evaluation.operators import (
-    judge_held_out,
-    judge_rollout,
-    judge_source,
-    of_the_cloud,
-    on_the_line,
-    reference_of,
-)
+from gengrad.evaluation import references
+from gengrad.evaluation.operators import judge_held_out, judge_rollout, judge_source
+from gengrad.evaluation.references import of_the_cloud, on_the_line, reference_of
 from gengrad.flows import Flow, OperatorTransport
 from gengrad.flows.density_cloud import matched
 from gengrad.functionals.expression import read_expression
@@ -72,7 +66,7 @@ def test_a_step_that_concentrates_raises_the_entropy_and_is_told():
 def test_the_references_agree_where_two_are_known():
     source, x, log_rho = normal()
     closed = reference_of(heat(), source, x, log_rho)
-    solved = on_the_line(heat(), source.log_density, x, log_rho)
+    solved = on_the_line(heat().functional(), TAU, source.log_density, x, log_rho)
     for k in (0, 1, 4):
         for one, two in zip(closed(k), solved(k)):
             assert torch.allclose(one, two, atol=5e-4)  # 2,000 intervals
@@ -81,7 +75,7 @@ def test_the_references_agree_where_two_are_known():
     log_rho = profile.log_density(x)
     porous = heat(terms=read_expression({"name": "power_entropy"}), tau=0.01)
     closed = reference_of(porous, profile, x, log_rho)
-    solved = on_the_line(porous, profile.log_density, x, log_rho)
+    solved = on_the_line(porous.functional(), 0.01, profile.log_density, x, log_rho)
     assert torch.allclose(closed(2)[0], solved(2)[0], atol=2e-3)
 
 
@@ -129,7 +123,7 @@ def test_a_reference_that_fails_on_the_way_is_left_out_and_told():
     terms = read_expression({"name": "interaction", "attraction": 1.0, "repulsion": None})
     transport = heat(d=2, slope=-0.5, terms=terms, tau=0.2)
     flow = Flow(Gaussian(mean=[0.0, 0.0]), [transport.float()])
-    of_the_cloud(transport, torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))(1)
+    of_the_cloud(transport.functional(), 0.2, torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))(1)
     with pytest.warns(UserWarning, match="without reference: the implicit step of the cloud did not converge"):
         found = judge_held_out(flow, read_families("gaussians"), 12, count=1, n=64, seed=0)
     assert found["referenced"] == 0 and "gap" not in found
@@ -154,7 +148,7 @@ def test_held_out_gaussians_of_the_plane_are_judged_against_their_closed_form():
 def test_a_held_out_gaussian_is_judged_by_its_own_mean_and_covariance(monkeypatch):
     """The exact step of an oblong one is x -> m + Q (x - m); its reference is asked for with just that law."""
     asked = []
-    monkeypatch.setattr(operators, "reference_of", lambda transport, law, x, log_rho: asked.append((law, x)) or None)
+    monkeypatch.setattr(references, "reference_of", lambda transport, law, x, log_rho: asked.append((law, x)) or None)
     families = read_families({"name": "gaussians", "reach": 1.0, "smallest": 0.3, "largest": 1.5})
     judge_held_out(Flow(Gaussian(mean=[0.0, 0.0]), [heat(d=2).float()]), families, 1, count=3, n=2048, seed=0)
     assert len(asked) == 3

@@ -12,7 +12,8 @@ from gengrad.cli import main
 from gengrad.config import read_config
 from gengrad.data import Gaussian
 from gengrad.data.draws import generator_for
-from gengrad.evaluation.operators import judge_rollout, reference_of
+from gengrad.evaluation.operators import judge_rollout
+from gengrad.evaluation.references import reference_of
 from gengrad.flows.density_cloud import matched
 from gengrad.functionals import Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.methods import JKOOperator, Part, Problem

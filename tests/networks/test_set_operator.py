@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gengrad.networks.kernels import RARE, TILE, KernelMoments, smoothed
+from gengrad.kernel_moments import TILE, KernelMoments
+from gengrad.networks.kernels import RARE, smoothed
 from gengrad.networks.set_operator import SetOperator, determinant, log_without_folds
 from gengrad.registry import NETWORKS, settings_of
 

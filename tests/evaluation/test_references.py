@@ -1,0 +1,107 @@
+"""References of steps from members of families: where two are known they agree, where none is, it is said."""
+
+import math
+
+import pytest
+import torch
+
+from gengrad.data.families import points_of_the_cube
+from gengrad.data.family_members import BarenblattMembers, GaussianMembers, ProductMembers
+from gengrad.data.gaussians import Gaussian
+from gengrad.evaluation.references import axes_of, of_coordinates, reference_of, reference_of_member
+from gengrad.flows import OperatorTransport
+from gengrad.functionals.expression import read_expression
+from gengrad.networks import SetOperator
+from gengrad.ot.spreading import barenblatt_jko_radius
+
+TAU, TURNED = 0.1, torch.tensor([[0.8, 0.6], [-0.6, 0.8]], dtype=torch.float64)
+ENTROPY = {"name": "entropy", "weight": 0.5}
+BOWL = {"name": "potential", "potential": {"name": "quadratic", "matrix": [[1.36, -0.48], [-0.48, 1.64]]}}
+WELLS = {"name": "potential", "potential": {"name": "double_well"}}
+
+
+def transport(terms: object, tau: float = TAU) -> OperatorTransport:
+    network = SetOperator(event_shape=(2,), width=8, tokens=2, heads=2)
+    return OperatorTransport(network, torch.randn(1, 8, 2), torch.empty(0, 2), tau, read_expression(terms)).double()
+
+
+def on_line(means: list[float], stds: list[float]) -> GaussianMembers:
+    means, stds = (torch.tensor(values, dtype=torch.float64) for values in (means, stds))
+    weights = torch.ones(1, len(means), dtype=torch.float64) / len(means)
+    return GaussianMembers(means[None, :, None], stds[None, :, None, None], weights)
+
+
+def product(axes: torch.Tensor) -> ProductMembers:
+    return ProductMembers([on_line([0.5], [0.4]), on_line([-0.3], [0.9])], axes)
+
+
+def drawn(members, n: int = 256):
+    x = members.cloud(points_of_the_cube(1, n, 2 + members.spare, torch.Generator().manual_seed(0)))
+    return x[0], members.log_density(x)[0]
+
+
+@pytest.mark.parametrize("terms", [ENTROPY, [BOWL, ENTROPY]])
+def test_coordinate_by_coordinate_a_gaussian_goes_as_its_closed_form_says(terms):
+    """The bowl's directions are those of the axes: (1, 2) along them."""
+    operator, members = transport(terms), product(TURNED)
+    x, log_rho = drawn(members)
+    covariance = TURNED.T @ torch.diag(torch.tensor([0.16, 0.81], dtype=torch.float64)) @ TURNED
+    mean = torch.tensor([0.5, -0.3], dtype=torch.float64) @ TURNED
+    law = Gaussian(mean=mean.tolist(), covariance=covariance.tolist())
+    closed = reference_of(operator, law, x, log_rho)
+    solved = reference_of_member(operator, members, x, log_rho)
+    for k in (1, 4):
+        assert (closed(k)[0] - x).norm(dim=1).mean() > 0.05 * math.sqrt(k)
+        for one, two in zip(closed(k), solved(k)):
+            assert torch.allclose(one, two, atol=2e-3)
+
+
+def test_each_coordinate_of_a_product_does_not_see_the_others():
+    two = ProductMembers([on_line([-1.0, 1.0], [0.4, 0.3]), on_line([0.2], [0.5])], torch.eye(2, dtype=torch.float64))
+    three = ProductMembers([two.marginals[0], on_line([0.9, -0.7], [0.3, 0.8])], torch.eye(2, dtype=torch.float64))
+    x, _ = drawn(two)
+    operator, moved = transport([WELLS, ENTROPY]), []
+    for members in (two, three):
+        state = reference_of_member(operator, members, x, members.log_density(x[None])[0])(3)
+        moved.append(state[0])
+        slopes = state[1] - members.log_density(x[None])[0]  # -log det DT, which rises where points are drawn together
+        assert slopes.std() > 0.05
+    assert torch.equal(moved[0][:, 0], moved[1][:, 0]) and not torch.allclose(moved[0][:, 1], moved[1][:, 1], atol=0.1)
+
+
+@pytest.mark.parametrize("terms", [[WELLS, ENTROPY], {"name": "power_entropy"}])
+def test_what_is_no_sum_over_the_coordinates_has_no_reference(terms):
+    """Wells along the axes of space are none along turned ones; rho^2 is a product."""
+    operator, members = transport(terms), product(TURNED)
+    x, log_rho = drawn(members)
+    assert reference_of_member(operator, members, x, log_rho) is None
+    with pytest.raises(ValueError, match="no reference is known here"):
+        of_coordinates(operator.functional(), TAU, members, x, log_rho)
+
+
+def test_a_profile_spreads_around_its_own_centre():
+    centres, sizes = torch.tensor([[0.7, -0.4]]).double(), torch.tensor([[0.5]]).double()
+    operator, members = transport({"name": "power_entropy"}, 0.02), BarenblattMembers(centres, sizes, 1.0)
+    x, log_rho = drawn(members)
+    y, log_after = reference_of_member(operator, members, x, log_rho)(1)
+    grown = barenblatt_jko_radius(0.5, 0.02, 2.0, 2) / 0.5
+    assert grown > 1.02
+    assert torch.allclose(y, centres + grown * (x - centres), atol=1e-9)
+    assert torch.allclose(log_after, log_rho - 2 * math.log(grown), atol=1e-9)
+    assert reference_of_member(transport([BOWL, {"name": "power_entropy"}]), members, x, log_rho) is None
+
+
+def test_a_profile_of_another_equation_has_none():
+    members = BarenblattMembers(torch.zeros(1, 2).double(), torch.ones(1, 1).double(), 0.5)  # m = 3
+    assert reference_of_member(transport({"name": "power_entropy"}), members, *drawn(members)) is None
+
+
+def test_the_axes_of_a_functional_are_those_of_its_potentials():
+    bowl = axes_of(transport([BOWL, ENTROPY]).functional(), 2)
+    assert torch.allclose((bowl @ TURNED.T).abs(), torch.eye(2).double(), atol=1e-6)
+    wells = axes_of(transport([WELLS, ENTROPY]).functional(), 2)
+    assert torch.allclose(wells.abs().sort(1)[0], torch.tensor([[0.0, 1.0]] * 2).double(), atol=1e-6)
+    assert axes_of(transport(ENTROPY).functional(), 2) is not None  # any
+    assert axes_of(transport([BOWL, WELLS, ENTROPY]).functional(), 2) is None  # others of each
+    assert axes_of(transport(BOWL).functional(), 2) is None  # no density: its particles go by themselves
+    assert axes_of(transport({"name": "power_entropy"}).functional(), 2) is None

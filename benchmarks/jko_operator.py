@@ -42,7 +42,7 @@ import gengrad
 from gengrad.config import read_config
 from gengrad.data.draws import draw
 from gengrad.evaluation.operators import judge_held_out, judge_source
-from gengrad.evaluation.references import on_the_line
+from gengrad.flows.implicit_steps import on_the_line
 from gengrad.flows.operator import OperatorTransport, operator_of
 from gengrad.functionals.expression import has_pairs
 from gengrad.rollouts import independent_coordinates, more_components

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 import gengrad
 from gengrad.data.draws import generator_for
 from gengrad.data.families import points_of_the_cube
-from gengrad.evaluation.references import on_the_line
 from gengrad.files import read_json
 from gengrad.flows.densities import doubled
+from gengrad.flows.implicit_steps import on_the_line
 from gengrad.flows.operator import push
 from gengrad.plotting.style import CURVES, SAMPLES, TARGET, curve_panel, legend_below, new_figure, save
 from gengrad.registry import FAMILIES

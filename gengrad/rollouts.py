@@ -7,10 +7,10 @@ from pathlib import Path
 from gengrad import plotting
 from gengrad.data.families import read_families
 from gengrad.evaluation.operators import judge_held_out, judge_source, law_of
-from gengrad.evaluation.references import axes_of
 from gengrad.evaluation.steps import steps_table
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
+from gengrad.flows.implicit_steps import axes_of
 from gengrad.flows.operator import operator_of
 from gengrad.functionals.expression import has_pairs
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from gengrad.data.base import Distribution
 from gengrad.data.draws import generator_for
 from gengrad.data.families import points_of_the_cube
-from gengrad.evaluation.references import Reference, State, reference_of, reference_of_member
+from gengrad.evaluation.references import reference_of, reference_of_member
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
 from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.flow import Flow
+from gengrad.flows.implicit_steps import Reference, State
 from gengrad.flows.operator import Evolution, OperatorTransport, energies_of, operator_of, push
 from gengrad.registry import FAMILIES
 

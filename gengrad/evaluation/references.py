@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -15,17 +14,9 @@ from gengrad.data.family_members import AnnulusMembers, BarenblattMembers, Produ
 from gengrad.data.gaussians import Gaussian
 from gengrad.data.profiles import Barenblatt
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
-from gengrad.flows.cloud_step import implicit_cloud_step
-from gengrad.flows.line import Line, carried, implicit_step
+from gengrad.flows.implicit_steps import Reference, State, of_coordinates, of_one_member, of_the_cloud, on_the_line
 from gengrad.flows.operator import OperatorTransport
-from gengrad.functionals.base import Functional, Sum, terms_of
-from gengrad.functionals.expression import is_translation_invariant
-from gengrad.functionals.internal import Entropy
-from gengrad.functionals.potential import PotentialEnergy
 from gengrad.ot import bures_map
-
-State = tuple[Tensor, Tensor | None]  # points (n, d) and log rho (n,) at them, where the energy needs it
-Reference = Callable[[int], State]  # step -> the state that exact implicit steps lead to, from the same points
 
 
 def reference_of(transport: OperatorTransport, law: Distribution, x: Tensor, log_rho: Tensor | None) -> Reference:
@@ -64,12 +55,17 @@ def reference_of_member(
     with suppress(ValueError):
         if d == 1:
             gap = isinstance(members, AnnulusMembers)
-            return None if gap else on_the_line(functional, tau, partial(_of_one, members), x, log_rho)
+            return None if gap else on_the_line(functional, tau, partial(of_one_member, members), x, log_rho)
         if isinstance(members, ProductMembers):
             return of_coordinates(functional, tau, members, x, log_rho)
-        if isinstance(members, BarenblattMembers) and is_translation_invariant(functional):
-            law = Barenblatt(radius=float(members.sizes[0, 0]), m=1 + 1 / members.p, dimension=d)
-            centre = members.centres[0]
+        if isinstance(members, BarenblattMembers):
+            law, centre = (
+                Barenblatt(radius=float(members.sizes[0, 0]), m=1 + 1 / members.p, dimension=d),
+                members.centres[0],
+            )
+            truth = truth_of_flow({"functional": transport.terms, "tau": tau}, law)
+            if not isinstance(truth, RadialTruth) or truth.stiffness:  # a bowl has a centre of its own
+                return None
             about = reference_of(transport, law, x - centre, log_rho)
             return lambda k: (about(k)[0] + centre, about(k)[1])
         if members.smooth and members.means.shape[1] == 1:
@@ -79,98 +75,6 @@ def reference_of_member(
     return None
 
 
-def on_the_line(
-    functional: Functional, tau: float, log_density: Callable[[Tensor], Tensor], x: Tensor, log_rho: Tensor
-) -> Reference:
-    """The reference by the solver on the line, each step solved when it is first asked for."""
-    reach = 2 * float(x.abs().max()) + 1
-    lines = [Line.of(log_density, -reach, reach)]
-
-    def state(k: int) -> State:
-        while len(lines) <= k:
-            lines.append(implicit_step(functional, lines[-1], tau))
-        return carried(lines[0], lines[k], x, log_rho)
-
-    return state
-
-
-def of_coordinates(
-    functional: Functional, tau: float, members: ProductMembers, x: Tensor, log_rho: Tensor
-) -> Reference:
-    """The reference for independent coordinates under F = sum_k F_k: the steps of each on the line.
-
-    Of such a kind are the entropy, for log rho is a sum, and potentials V(x) = sum_k V_k(x . axes_k), which is looked
-    at on the points x. Raises ``ValueError`` for other functionals.
-    """
-    axes, each = members.axes, []
-    if not _is_sum_along(functional, axes, x):
-        raise ValueError("no reference is known here: the functional is no sum over the independent coordinates")
-    y = x.double() @ axes.mT
-    for k, law in enumerate(members.marginals):
-        of_one, at = partial(_of_one, law), y[:, k, None]
-        each.append(on_the_line(_along(functional, axes[k]), tau, of_one, at, of_one(at)))
-
-    def state(k: int) -> State:
-        states, starts = [line(k) for line in each], [line(0) for line in each]
-        moved = torch.cat([points for points, _ in states], 1) @ axes
-        return moved, log_rho.double() + sum(now[1] - then[1] for now, then in zip(states, starts))
-
-    return state
-
-
-def axes_of(functional: Functional, d: int) -> Tensor | None:
-    """Directions (d, d), orthonormal rows, along which an entropy and potentials are a sum; none where there are none.
-
-    Of a sum over coordinates the Hessian is diagonal in them at every point: they are its eigenvectors at one of them.
-    """
-    x = 0.7 * torch.randn(256, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    potentials = [(weight, term) for weight, term in terms_of(functional) if isinstance(term, PotentialEnergy)]
-    if not functional.needs_density:
-        return None
-    hessian = torch.zeros(d, d, dtype=torch.float64)
-    for weight, term in potentials:
-        hessian += weight * torch.autograd.functional.hessian(lambda one, V=term.V: V(one[None])[0], x[0])
-    axes = torch.linalg.eigh(hessian).eigenvectors.mT.contiguous()
-    return axes if _is_sum_along(functional, axes, x) else None
-
-
-def _is_sum_along(functional: Functional, axes: Tensor, x: Tensor) -> bool:
-    """Whether F is a sum of entropies and of potentials with V(x) = sum_k V_k(x . axes_k) at the points x (n, d)."""
-    for _, term in terms_of(functional):
-        if isinstance(term, PotentialEnergy):
-            y, zero = x.double() @ axes.mT, term.V(torch.zeros_like(x[:1].double()))
-            found = zero + sum(term.V(y[:, k, None] * axes[k]) - zero for k in range(len(axes)))
-            if not torch.allclose(found, term.V(x.double()), rtol=1e-6, atol=1e-6):
-                return False
-        elif not isinstance(term, Entropy):
-            return False
-    return True
-
-
-def _along(functional: Functional, axis: Tensor) -> Functional:
-    """The part of a sum of entropies and potentials that the coordinate along ``axis`` (d,) has."""
-    return Sum([
-        (weight, PotentialEnergy(lambda s, V=term.V: V(s * axis.to(s))) if isinstance(term, PotentialEnergy) else term)
-        for weight, term in terms_of(functional)
-    ])  # fmt: skip
-
-
-def of_the_cloud(functional: Functional, tau: float, x: Tensor) -> Reference:
-    """The reference by the steps of the cloud x itself under an energy of particles."""
-    clouds = [x.double()]
-
-    def state(k: int) -> State:
-        while len(clouds) <= k:
-            clouds.append(implicit_cloud_step(functional, clouds[-1], tau))
-        return clouds[k], None
-
-    return state
-
-
 def _affine(q: Tensor, b: Tensor, x: Tensor, log_rho: Tensor | None) -> State:
     log_rho = None if log_rho is None else log_rho.double() - torch.linalg.slogdet(q).logabsdet
     return x.double() @ q.mT + b, log_rho
-
-
-def _of_one(members: Members, x: Tensor) -> Tensor:
-    return members.log_density(x[None])[0]

@@ -14,9 +14,10 @@ from gengrad.data.families import read_families
 from gengrad.data.profiles import Barenblatt
 from gengrad.evaluation import references
 from gengrad.evaluation.operators import judge_held_out, judge_rollout, judge_source
-from gengrad.evaluation.references import of_the_cloud, on_the_line, reference_of
+from gengrad.evaluation.references import reference_of
 from gengrad.flows import Flow, OperatorTransport
 from gengrad.flows.density_cloud import matched
+from gengrad.flows.implicit_steps import of_the_cloud, on_the_line
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import SetOperator
 

@@ -8,8 +8,9 @@ import torch
 from gengrad.data.families import points_of_the_cube
 from gengrad.data.family_members import BarenblattMembers, GaussianMembers, ProductMembers
 from gengrad.data.gaussians import Gaussian
-from gengrad.evaluation.references import axes_of, of_coordinates, reference_of, reference_of_member
+from gengrad.evaluation.references import reference_of, reference_of_member
 from gengrad.flows import OperatorTransport
+from gengrad.flows.implicit_steps import axes_of, of_coordinates
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import SetOperator
 from gengrad.ot.spreading import barenblatt_jko_radius

@@ -1,7 +1,7 @@
 """The learned JKO operator against closed forms of the implicit step, a solver on the line, and the per-step solver.
 
-    python benchmarks/jko_operator.py [--quick] [--parts accuracy,weights,ablation,speed,warm] [--only TEXT] [--seeds 1]
-                                  [--steps N] [--runs FOLDER] [--out FILE.json]
+    python benchmarks/jko_operator.py [--quick] [--parts accuracy,weights,ablation,clouds,speed,warm]
+                                  [--only TEXT] [--seeds 1] [--steps N] [--runs FOLDER] [--out FILE.json]
 
 One cell is one (part, case, seed); the JSON is written after each, and cells that it holds are not computed again.
 Trained operators are kept in --runs and used by the parts after. --steps: optimiser steps instead of the configs' own
@@ -10,17 +10,19 @@ Trained operators are kept in --runs and used by the parts after. --steps: optim
 accuracy: trains an operator, rolls it out to the horizon and to twice it. ``gap``: F of the operator minus F of exact
 implicit steps as a share of what these have fallen since the start, the largest of all steps; ``share``: root of
 E|X - X_ref|^2 over the same points, at least W2, as a share of the way since the start, the largest of all steps. From
-the run's Gaussian or profile; on the line and for energies of particles (elsewhere: of Gaussians) also from 32 held-out
-measures of the training families (16 for energies of particles), of mixtures with twice as many components at the reach
-and sizes of the first family, and from independent points of the training families (1,024 of them, 512 for energies of
-particles), whose own implicit step differs from that of their law by the noise of the cloud; for energies of particles
-the reference is the step of the very cloud. ``fell``: share of all these rollouts in which the energy fell in every
-step.
+the run's Gaussian or profile, and from 32 held-out measures of the training families (16 for energies of particles), of
+mixtures with twice as many components at the reach and sizes of the first family, from independent points of the
+training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from that of their law
+by the noise of the cloud, and in the plane from products, mixtures with independent coordinates. References
+(``evaluation/references.py``): on the line all of them, for energies of particles the step of the very cloud, in the
+plane Gaussians, profiles and products. ``fell``: share of all these rollouts in which the energy fell in every step.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
 ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
 share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
 speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
 (jko_icnn) trained until it passes the operator's error (of 50, 200 and 800 optimiser steps, the first).
+clouds: what a network learns of exact steps of measures in the plane that come as clouds made in three ways
+(jko_operator_clouds.py).
 warm: the residual of the per-step solver after so many optimiser steps, started from the operator and not.
 """
 
@@ -37,6 +39,7 @@ from pathlib import Path
 import torch
 from cells import fill
 from jko_operator_cells import ABLATIONS, CASES, SEVERAL, config_of, trained
+from jko_operator_clouds import KINDS, clouds
 
 import gengrad
 from gengrad.config import read_config
@@ -195,6 +198,9 @@ def cells(given: argparse.Namespace) -> dict[str, Callable[[], dict]]:
         if "ablation" in given.parts:
             for variant in list(ABLATIONS)[:2] if given.quick else ABLATIONS:
                 found[f"ablation/{variant}/{seed}"] = lambda v=variant, s=seed: ablation(v, s, given)
+        if "clouds" in given.parts:
+            for kind in KINDS:
+                found[f"clouds/{kind}/{seed}"] = lambda k=kind, s=seed: clouds(k, s, given.quick)
         if "speed" in given.parts:
             found[f"speed/heat_1/{seed}"] = lambda s=seed: speed("heat_1", s, given)
         if "warm" in given.parts:
@@ -218,7 +224,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="accuracy,weights,ablation,speed,warm")
+    parser.add_argument("--parts", default="accuracy,weights,ablation,clouds,speed,warm")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps, instead of the configs' own")

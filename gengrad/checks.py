@@ -49,7 +49,7 @@ def check_fit(
 def _class_problems(config: RunConfig, method: Method, target: Distribution) -> list[str]:
     """What is wrong where the network takes classes: labels that are missing or that it has no number for."""
     classes, name = config.network.get("classes"), config.data["name"]
-    problems = method.refusals(classes)
+    problems = method.refusals(config.network)
     labels = getattr(target, "labels", None)
     if classes and labels is None:
         place = f" in {config.data['path']!r}" if "path" in config.data else ""

@@ -142,9 +142,9 @@ def has_pairs(functional: Functional) -> bool:
     return any(kinds)
 
 
-def is_translation_invariant(functional: Functional) -> bool:
+def is_translation_invariant(terms: Iterable[Mapping]) -> bool:
     """Whether F is the same wherever the measure is: internal and interaction energies are, and their sums."""
-    return all(isinstance(term, InternalEnergy | InteractionEnergy) for _, term in terms_of(functional))
+    return all(issubclass(FUNCTIONALS.get(term["name"]), InternalEnergy | InteractionEnergy) for term in terms)
 
 
 def gradient_of(functional: Functional, x: Tensor, density: Density | None) -> Tensor:

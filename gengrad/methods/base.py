@@ -118,8 +118,8 @@ class Method(Configured, ABC):
         """The fewest network evaluations that a sample of its flow takes."""
         return 1
 
-    def refusals(self, classes: int | None) -> list[str]:
-        """What is wrong with these settings for a network of so many ``classes``, one sentence each."""
+    def refusals(self, network: dict) -> list[str]:
+        """What is wrong with these settings for a network of those settings, one sentence each."""
         return []
 
     def objections(self, source: Distribution, target: Distribution) -> list[str]:

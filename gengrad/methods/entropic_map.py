@@ -82,8 +82,8 @@ class EntropicMapMethod(Method):
         n = self.config.points
         return {f"method.points={n}": (min(source_size or n, n), min(target_size or n, n))}
 
-    def refusals(self, classes: int | None) -> list[str]:
-        return ["an entropic map knows no classes: leave out network.classes"] if classes else []
+    def refusals(self, network: dict) -> list[str]:
+        return ["an entropic map knows no classes: leave out network.classes"] if network.get("classes") else []
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield PlanStage(problem, self.config)

@@ -101,6 +101,21 @@ class JKOOperator(Method):
     def least_nfe(self) -> int:
         return self.config.jko_steps
 
+    def refusals(self, network: dict) -> list[str]:
+        c, found = self.config, []
+        if c.taus is not None and not network["on_tau"]:
+            found.append(f"method.taus={c.taus} asks for several tau, which the network must see: network.on_tau=true")
+        if network["on_weights"] != (count := len(c.weights or {})):
+            found.append(
+                f"method.weights has {count} terms, which the network must be told: network.on_weights={count}"
+            )
+        if network["translation_equivariant"] and not is_translation_invariant(c.functional):
+            found.append(
+                "network.translation_equivariant=true: the operator would not see where a measure is, and this "
+                "functional depends on that; internal and interaction energies alone do not"
+            )
+        return found
+
     def objections(self, source: Distribution, target: Distribution) -> list[str]:
         c, shape, found = self.config, tuple(target.event_shape), []
         if len(shape) != 1:
@@ -210,21 +225,12 @@ class OperatorStage(Stage):
     def __init__(self, problem: Problem, config: JKOOperator.Config):
         self.problem, self.config, self.steps = problem, config, problem.steps
         network = problem.make_network().to(problem.device)
-        if config.taus is not None and not network.config.on_tau:
-            raise ValueError(f"method.taus={config.taus} asks for several tau, which the network must see: on_tau=true")
-        if network.config.on_weights != (count := len(config.weights or {})):
-            raise ValueError(f"method.weights has {count} terms, which the network must be told: on_weights={count}")
         self.networks, self.averages = {"operator": network}, {}
         self.samples = torch.empty(0, *problem.target.event_shape)
         if takes(config.functional, "samples"):
             generator = generator_for(problem.seed, "functional/target")
             self.samples = problem.target.sample(config.target_samples, generator)
         self.functional = self._functional(config.functional)
-        if network.config.translation_equivariant and not is_translation_invariant(self.functional):
-            raise ValueError(
-                "network.translation_equivariant=true: the operator would not see where a measure is, and this "
-                "functional depends on that; internal and interaction energies alone do not"
-            )
         self.d, self.seen = problem.target.event_shape[0], config.seen or config.particles
         self.size = self.seen + config.particles
         self.states = StateBuffer(self._clouds, config.buffer, self._energy, problem.seed)

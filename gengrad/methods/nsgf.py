@@ -146,9 +146,9 @@ class NSGF(Method):
         rows = source_size if c.ot_batch == "all" else c.ot_batch
         return {f"method.ot_batch={c.ot_batch}{targets}": (rows, c.target_batch or rows)}
 
-    def refusals(self, classes: int | None) -> list[str]:
+    def refusals(self, network: dict) -> list[str]:
         c = self.config
-        if classes and (c.ot_scope == "rows" or c.target_batch not in (None, c.ot_batch)):
+        if network.get("classes") and (c.ot_scope == "rows" or c.target_batch not in (None, c.ot_batch)):
             return [
                 "particles take the classes of the targets one to one where the network takes classes: leave out "
                 "method.target_batch, and method.ot_scope=rows"

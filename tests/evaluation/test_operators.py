@@ -20,6 +20,7 @@ from gengrad.flows.density_cloud import matched
 from gengrad.flows.implicit_steps import of_the_cloud, on_the_line
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import SetOperator
+from gengrad.rollouts import independent_coordinates
 
 TAU = 0.1
 K = (1 + math.sqrt(1 + 4 * TAU)) / 2  # of the exact heat step from variance 1
@@ -144,6 +145,25 @@ def test_held_out_gaussians_of_the_plane_are_judged_against_their_closed_form():
     families = read_families([{"name": "gaussians", **round_one}, {"name": "mixtures", **round_one}])
     found = judge_held_out(flow, families, 1, count=2, n=1024, seed=0)
     assert found["referenced"] == 1 and found["worst_share"] < 0.02 and found["worst_gap"] < 0.02
+
+
+def test_mixtures_of_the_plane_are_judged_where_their_coordinates_are_independent():
+    """Of the potentials' axes, and of the training's reach and sizes; each of them has a reference."""
+    bowl = {"name": "potential", "potential": {"name": "quadratic", "matrix": [[1.36, -0.48], [-0.48, 1.64]]}}
+    mixtures = {"name": "mixtures", "reach": 0.7, "smallest": 0.5, "components": 5, "oblong": True}
+
+    def flow(terms: object, families: object) -> Flow:
+        operator = heat(d=2, terms=read_expression(terms)).float()
+        method = {"initial": read_families(families)}
+        return Flow(Gaussian(mean=[0.0, 0.0]), [operator], {"config": {"method": method}})
+
+    found = independent_coordinates(flow([bowl, {"name": "entropy"}], ["gaussians", mixtures]))
+    assert [(family["name"], family["reach"], family["smallest"]) for family in found] == [("products", 0.7, 0.5)]
+    assert abs(abs(found[0]["axes"][0][0]) - 0.8) < 1e-6
+    held = judge_held_out(flow([bowl, {"name": "entropy"}], mixtures), found, 1, count=2, n=128, seed=0)
+    assert held["referenced"] == 2 and held["share"] > 0.05  # it knows nothing of the bowl
+    assert independent_coordinates(flow({"name": "power_entropy"}, mixtures)) is None
+    assert independent_coordinates(flow("entropy", "gaussians")) is None
 
 
 def test_a_held_out_gaussian_is_judged_by_its_own_mean_and_covariance(monkeypatch):

@@ -189,8 +189,8 @@ def test_seconds_are_summed_over_the_steps_between_two_lines(small, tmp_path, mo
 
 
 def test_targets_of_another_number_cannot_give_their_classes():
-    assert "one to one" in NSGFPlusPlus(ot_batch=64, target_batch=32).refusals(10)[0]
-    assert NSGFPlusPlus(ot_batch=64, target_batch=32).refusals(None) == []
+    assert "one to one" in NSGFPlusPlus(ot_batch=64, target_batch=32).refusals({"classes": 10})[0]
+    assert NSGFPlusPlus(ot_batch=64, target_batch=32).refusals({}) == []
 
 
 def test_a_kill_in_the_second_or_third_stage_repeats_nothing_of_those_before(small, tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ def test_a_mistake_with_an_operator_gives_one_message_and_exit_code_2(name, tmp_
     assert main(["train", str(tmp_path / "run.yaml")]) == 2
     told = capsys.readouterr().err
     assert all(words in told for words in says) and "Traceback" not in told, told
+    assert not (tmp_path / "run").exists()  # so that the mended one starts in the same folder
 
 
 def test_many_taus_are_trained_where_the_network_sees_them(tmp_path):

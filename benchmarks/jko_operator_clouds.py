@@ -1,0 +1,84 @@
+"""What a cloud says of its measure: a network that is told exact steps, for clouds of the same measures made otherwise.
+
+Heat steps (tau = 0.1) of measures in the plane whose exact steps are known: independent coordinates along turned axes,
+each a mixture of one or two Gaussians. The network of configs/operator/fokker_planck.yaml learns 736 of them by plain
+regression, and is judged on 64 others: root of E|T x - x_exact|^2 as a share of the way, mean and worst. What it cannot
+learn, the clouds do not say. Called by benchmarks/jko_operator.py --parts clouds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from gengrad.data.draws import generator_for
+from gengrad.data.families import points_of_the_cube
+from gengrad.data.family_members import GaussianMembers, ProductMembers
+from gengrad.flows.implicit_steps import of_coordinates
+from gengrad.functionals.internal import Entropy
+from gengrad.networks import SetOperator
+from gengrad.training.fitter import TrainSettings, make_optimizer
+
+TAU, MEASURES, HELD_OUT, BATCH, ASKED = 0.1, 800, 64, 16, 128
+KINDS = ("independent", "net", "settled")  # independent points; a Sobol net pushed through quantiles; Members.cloud
+
+
+def _coordinate(generator: torch.Generator) -> GaussianMembers:
+    """One or two Gaussians on the line: centres in [-1, 1], deviations from 0.4 to 1.5."""
+    count = 1 + int(torch.randint(2, (1,), generator=generator))
+    centres, sizes, weights = torch.rand(3, 1, count, generator=generator, dtype=torch.float64)
+    stds = 0.4 * (sizes * math.log(1.5 / 0.4)).exp()
+    weights = 0.5 + weights
+    return GaussianMembers((2 * centres - 1)[..., None], stds[..., None, None], weights / weights.sum())
+
+
+def steps(kind: str, n: int, seed: int, measures: int = MEASURES) -> tuple[Tensor, Tensor]:
+    """Clouds (measures, n, 2) of that kind, and where exact steps bring them."""
+    clouds, moved = [], []
+    for number in range(measures):
+        generator = generator_for(seed, "clouds", number)
+        angle = float(torch.rand((), generator=generator)) * 2 * math.pi
+        turn = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+        members = ProductMembers([_coordinate(generator), _coordinate(generator)], torch.tensor(turn).double())
+        u = points_of_the_cube(1, n, 3, generator, kind != "independent")
+        x = (members.cloud(u) if kind == "settled" else members.push(u))[0]
+        state = of_coordinates(Entropy(), TAU, members, x, members.log_density(x[None])[0])(1)
+        clouds.append(x.float())
+        moved.append(state[0].float())
+    return torch.stack(clouds), torch.stack(moved)
+
+
+def learned(x: Tensor, y: Tensor, updates: int) -> SetOperator:
+    """The network after so many updates of plain regression on the steps x -> y (measures, n, 2)."""
+    settings = TrainSettings(optimizer="soap", lr=0.02)
+    torch.manual_seed(0)
+    network = SetOperator(event_shape=(2,), width=48, tokens=8, heads=2, blocks=1, translation_equivariant=True)
+    optimizer = make_optimizer(network.parameters(), settings)
+    for update in range(updates):
+        share = min(1.0, (update + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * update / updates))
+        optimizer.param_groups[0]["lr"] = settings.lr * share
+        rows, points = torch.randint(len(x), (BATCH,)), torch.randperm(x.shape[1])[:ASKED]
+        loss = (network(x[rows][:, points], x[rows], TAU) - y[rows][:, points]).square().sum(-1).mean() / (2 * TAU)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.03)
+        optimizer.step()
+    return network
+
+
+def clouds(kind: str, seed: int, quick: bool) -> dict:
+    """Share of the way on held-out measures, of a network that was told exact steps of clouds of that ``kind``."""
+    started, held = time.process_time(), 4 if quick else HELD_OUT
+    x, y = steps(kind, 128 if quick else 1024, seed, 12 if quick else MEASURES)
+    network = learned(x[held:], y[held:], 8 if quick else 1000)
+    with torch.no_grad():
+        error = (network(x[:held], x[:held], TAU) - y[:held]).square().sum(-1).mean(1)
+    shares = (error / (x[:held] - y[:held]).square().sum(-1).mean(1)).sqrt()
+    return {
+        "share": float(shares.mean()),
+        "worst_share": float(shares.max()),
+        "cpu_seconds": time.process_time() - started,
+    }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # log of what is nothing beside the peak: its fourth power is above the floats that a CPU is slow with
 FAINT = {torch.float32: -20.0, torch.float64: -170.0}
+NARROW = 0.02  # widths below which they are taken in float64: an exponent is a difference of squares over h^2
 TILE = {"cpu": 2**17, "cuda": 2**26}  # kernel entries held at once: of a CPU's cache, of a GPU's memory
 
 

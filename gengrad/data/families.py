@@ -116,7 +116,10 @@ def _read(entry: Any) -> dict:
     try:
         checked = FAMILIES.get(entry["name"]).Config(**{key: value for key, value in entry.items() if key != "name"})
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        lines = [
+            ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
+            for e in error.errors()
+        ]
         raise ValueError(f"{entry['name']}: {'; '.join(lines)}") from None
     return {"name": entry["name"], **checked.model_dump(mode="json")}
 
@@ -130,8 +133,8 @@ def clouds(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
-    n), float32. The ``first`` of them (default: n) are ``Members.cloud`` of a Sobol net of the cube, their weights 1;
-    the others go on in the net and reach ``tails`` times as far, by ``push_wide``.
+    n), float32. The ``first`` of them (default: n) are ``Members.cloud``, their weights 1; the others go on in a Sobol
+    net of the cube and reach ``tails`` times as far, by ``push_wide``.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first
     x, log_rho, score = torch.empty(count, n, dimension), torch.empty(count, n), torch.empty(count, n, dimension)

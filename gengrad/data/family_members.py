@@ -45,13 +45,11 @@ class GaussianMembers(Members):
 
     def cloud(self, u: Tensor, within: Tensor | float = 0.5) -> Tensor:
         x = self.push(lattice(u, u.shape[-1] - self.spare, within))
-        if x.shape[-1] > 1:  # on the line they are quantiles: nothing is nearer
-            x = settled(x, self.log_density, self._smoothed)
-        return moved_to(x, *self.moments())
+        return moved_to(settled(x, self.log_density, self._smoothed), *self.moments())
 
     def _smoothed(self, h: Tensor) -> Callable[[Tensor], Tensor]:
         """The log density after a convolution with N(0, h^2 I), h (count, 1, 1)."""
-        wider = h[..., None].square() * torch.eye(self.means.shape[-1], dtype=h.dtype)
+        wider = h[..., None].square() * torch.eye(self.means.shape[-1], dtype=h.dtype, device=h.device)
         factors = torch.linalg.cholesky(self.factors @ self.factors.mT + wider)
         return GaussianMembers(self.means, factors, self.weights).log_density
 
@@ -167,8 +165,8 @@ class Products(Family):
     """
 
     class Config(Family.Config):
-        components: int = Field(3, ge=2)
-        axes: list[list[float]] | None = None
+        components: int = Field(3, ge=2, le=16)  # of each coordinate: so many to the power of d in all
+        axes: list[list[float]] | None = Field(None, min_length=1)
 
         @model_validator(mode="after")
         def _orthonormal(self):
@@ -266,11 +264,11 @@ class Annuli(Family):
 
 
 class BarenblattMembers(PlacedMembers):
-    """(1 - |y|^2)^p on the unit ball: |y|^2 is Beta(d/2, p + 1)."""
+    """(1 - |y|^2)^p on the unit ball, p = 1 / (m - 1): |y|^2 is Beta(d/2, p + 1)."""
 
-    def __init__(self, centres: Tensor, sizes: Tensor, p: float):
+    def __init__(self, centres: Tensor, sizes: Tensor, m: float):
         super().__init__(centres, sizes.expand_as(centres), torch.eye(centres.shape[1], dtype=centres.dtype))
-        self.p = p
+        self.m, self.p = m, 1 / (m - 1)
 
     def _unit(self, u: Tensor) -> Tensor:
         from scipy.special import betaincinv
@@ -297,4 +295,4 @@ class Barenblatts(Family):
 
     def members(self, count: int, dimension: int, generator: torch.Generator) -> BarenblattMembers:
         centres, sizes = self._balls(count, dimension, generator)
-        return BarenblattMembers(centres, sizes, 1 / (self.config.m - 1))
+        return BarenblattMembers(centres, sizes, self.config.m)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gengrad.data.base import Distribution
 from gengrad.data.families import Members
-from gengrad.data.family_members import AnnulusMembers, BarenblattMembers, ProductMembers
+from gengrad.data.family_members import AnnulusMembers, BarenblattMembers, GaussianMembers, ProductMembers
 from gengrad.data.gaussians import Gaussian
 from gengrad.data.profiles import Barenblatt
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
@@ -52,27 +52,35 @@ def reference_of_member(
     functional, tau, d = transport.functional(), transport.tau, x.shape[1]
     if not functional.needs_density:
         return of_the_cloud(functional, tau, x)
-    with suppress(ValueError):
-        if d == 1:
-            gap = isinstance(members, AnnulusMembers)
-            return None if gap else on_the_line(functional, tau, partial(of_one_member, members), x, log_rho)
+    if d == 1:
+        gap = isinstance(members, AnnulusMembers)
+        return None if gap else on_the_line(functional, tau, partial(of_one_member, members), x, log_rho)
+    with suppress(ValueError):  # nothing is known
         if isinstance(members, ProductMembers):
             return of_coordinates(functional, tau, members, x, log_rho)
         if isinstance(members, BarenblattMembers):
-            law, centre = (
-                Barenblatt(radius=float(members.sizes[0, 0]), m=1 + 1 / members.p, dimension=d),
-                members.centres[0],
-            )
-            truth = truth_of_flow({"functional": transport.terms, "tau": tau}, law)
-            if not isinstance(truth, RadialTruth) or truth.stiffness:  # a bowl has a centre of its own
-                return None
-            about = reference_of(transport, law, x - centre, log_rho)
-            return lambda k: (about(k)[0] + centre, about(k)[1])
-        if members.smooth and members.means.shape[1] == 1:
+            return _of_profile(transport, members, x, log_rho)
+        if isinstance(members, GaussianMembers) and members.means.shape[1] == 1:
             mean, factor = members.means[0, 0], members.factors[0, 0]
             law = Gaussian(mean=mean.tolist(), covariance=(factor @ factor.mT).tolist())
             return reference_of(transport, law, x, log_rho)
     return None
+
+
+def _of_profile(transport: OperatorTransport, members: BarenblattMembers, x: Tensor, log_rho: Tensor) -> Reference:
+    """Around its own centre, where the energy has none."""
+    law = Barenblatt(radius=float(members.sizes[0, 0]), m=members.m, dimension=x.shape[1])
+    truth = truth_of_flow({"functional": transport.terms, "tau": transport.tau}, law)
+    if not isinstance(truth, RadialTruth) or truth.stiffness:
+        raise ValueError("no reference is known here: the profile of another equation, or a bowl")
+    centre = members.centres[0]
+    around = reference_of(transport, law, x - centre, log_rho)
+
+    def state(k: int) -> State:
+        moved, logs = around(k)
+        return moved + centre, logs
+
+    return state
 
 
 def _affine(q: Tensor, b: Tensor, x: Tensor, log_rho: Tensor | None) -> State:

@@ -63,29 +63,32 @@ def axes_of(functional: Functional, d: int) -> Tensor | None:
     """Directions (d, d), orthonormal rows, along which an entropy and potentials are a sum; none where there are none.
 
     Of a sum over coordinates the Hessian is diagonal in them at every point: they are its eigenvectors at one of them.
+    Looked at within a few units of the origin; ``of_coordinates`` looks again where its points are.
     """
-    x = 0.7 * torch.randn(256, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    potentials = [(weight, term) for weight, term in terms_of(functional) if isinstance(term, PotentialEnergy)]
     if not functional.needs_density:
         return None
+    x = 0.7 * torch.randn(256, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hessian = torch.zeros(d, d, dtype=torch.float64)
-    for weight, term in potentials:
-        hessian += weight * torch.autograd.functional.hessian(lambda one, V=term.V: V(one[None])[0], x[0])
+    for weight, term in terms_of(functional):
+        if isinstance(term, PotentialEnergy):
+            hessian += weight * torch.autograd.functional.hessian(lambda one, V=term.V: V(one[None])[0], x[0])
     axes = torch.linalg.eigh(hessian).eigenvectors.mT.contiguous()
     return axes if _is_sum_along(functional, axes, x) else None
 
 
 def _is_sum_along(functional: Functional, axes: Tensor, x: Tensor) -> bool:
-    """Whether F is a sum of entropies and of potentials with V(x) = sum_k V_k(x . axes_k) at the points x (n, d)."""
-    for _, term in terms_of(functional):
-        if isinstance(term, PotentialEnergy):
-            y, zero = x.double() @ axes.mT, term.V(torch.zeros_like(x[:1].double()))
-            found = zero + sum(term.V(y[:, k, None] * axes[k]) - zero for k in range(len(axes)))
-            if not torch.allclose(found, term.V(x.double()), rtol=1e-6, atol=1e-6):
-                return False
-        elif not isinstance(term, Entropy):
-            return False
-    return True
+    """Whether F is a sum of entropies and of potentials whose sum has V(x) = sum_k V_k(x . axes_k) at x (n, d)."""
+    terms = terms_of(functional)
+    if not all(isinstance(term, PotentialEnergy | Entropy) for _, term in terms):
+        return False
+
+    def value(at: Tensor) -> Tensor:
+        return sum((w * term.V(at) for w, term in terms if isinstance(term, PotentialEnergy)), torch.zeros(len(at)))
+
+    x = x.double()
+    y, zero = x @ axes.mT, value(torch.zeros_like(x[:1]))
+    whole, parts = value(x) - zero, sum(value(y[:, k, None] * axes[k]) - zero for k in range(len(axes)))
+    return bool((whole - parts).abs().max() <= 1e-6 * (1e-9 + whole.std()))
 
 
 def _along(functional: Functional, axis: Tensor) -> Functional:

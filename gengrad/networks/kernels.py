@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gengrad.kernel_moments import KernelMoments, outer
+from gengrad.kernel_moments import NARROW, KernelMoments, outer
 
 RARE = 3e-4  # of the kernel's peak: a density below which the particles around a point say nothing of it
-NARROW = 0.02  # widths below which moments are taken in float64: they are divided by h^2 after their means cancel
 
 
 @torch.autocast("cpu", enabled=False)  # squared distances of bfloat16 points would be noise

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gengrad.data.even_clouds import lattice, settled
+from gengrad.data import GaussianMixture
+from gengrad.data.even_clouds import MOST, lattice, settled
 from gengrad.data.families import points_of_the_cube
 from gengrad.data.family_members import GaussianMembers
 from gengrad.networks.kernels import smoothed
@@ -70,11 +71,35 @@ def test_a_cloud_that_is_off_in_the_large_comes_back():
     assert (x.mean(1) - mean).abs().min() > 0.15 and (still.mean(1) - mean).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("n", [2, 9, 40])
+@pytest.mark.parametrize("n", [1, 2, 9, 40])
 def test_few_points_and_narrow_components_settle_too(n):
     members = mixture(3, smallest=0.002, largest=0.01)
     x = members.cloud(points_of_the_cube(3, n, 3, generator()))
     assert x.shape == (3, n, 2) and x.isfinite().all() and x.abs().max() < 1.5
+
+
+def test_narrow_components_far_apart_keep_their_density():
+    """Kernels of 1e-4 of the cloud's size: their exponents are no floats of single precision."""
+    law = GaussianMixture(means=[[0.0, 0.0], [100.0, 0.0]], scales=[0.01, 0.01])
+    x = law.even(1024, generator())
+    entropy = 1 + math.log(2 * math.pi * 0.01**2) + math.log(2)
+    assert float(-law.log_density(x).mean()) == pytest.approx(entropy, abs=0.02)
+
+
+@pytest.mark.parametrize(("n", "d"), [(MOST + 1, 2), (512, 4), (64, 200), (512, 1)])
+def test_what_does_not_settle_stays(n, d):
+    """Many points, whose lattice is near enough; dimensions in which so many say nothing; quantiles."""
+    members = FAMILIES.build({"name": "gaussians"}).members(1, d, generator(1))
+    x = members.push(points_of_the_cube(1, n, d + 1, generator()))
+    assert torch.equal(settled(x, members.log_density, members._smoothed), x)
+    assert members.cloud(points_of_the_cube(1, n, d + 1, generator())).isfinite().all()
+
+
+def test_above_three_dimensions_each_coordinate_has_its_own_ranks():
+    u = points_of_the_cube(2, 100, 5, generator())
+    found = lattice(u, 4)
+    assert torch.equal(found[..., :4].argsort(1), u[..., :4].argsort(1)) and torch.equal(found[..., 4], u[..., 4])
+    assert torch.allclose(found[..., :4].sort(1)[0], ((torch.arange(100).double() + 0.5) / 100)[:, None].expand(100, 4))
 
 
 def test_settling_does_not_depend_on_the_other_measures():

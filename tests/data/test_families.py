@@ -112,7 +112,12 @@ def test_the_coordinates_of_products_are_independent_along_their_axes():
 
 @pytest.mark.parametrize(
     ("axes", "said"),
-    [([[1.0, 0.0]], "as many rows"), ([[1.0], [0.0]], "as many rows"), ([[1.0, 0.0], [0.6, 0.8]], "at right angles")],
+    [
+        ([], "at least 1 item"),
+        ([[1.0, 0.0]], "as many rows"),
+        ([[1.0], [0.0]], "as many rows"),
+        ([[1.0, 0.0], [0.6, 0.8]], "at right angles"),
+    ],
 )
 def test_axes_that_are_no_axes_are_refused(axes, said):
     with pytest.raises(ValueError, match=said):

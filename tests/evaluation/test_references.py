@@ -10,7 +10,7 @@ from gengrad.data.family_members import BarenblattMembers, GaussianMembers, Prod
 from gengrad.data.gaussians import Gaussian
 from gengrad.evaluation.references import reference_of, reference_of_member
 from gengrad.flows import OperatorTransport
-from gengrad.flows.implicit_steps import axes_of, of_coordinates
+from gengrad.flows.implicit_steps import axes_of, of_coordinates, on_the_line
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import SetOperator
 from gengrad.ot.spreading import barenblatt_jko_radius
@@ -37,7 +37,8 @@ def product(axes: torch.Tensor) -> ProductMembers:
 
 
 def drawn(members, n: int = 256):
-    x = members.cloud(points_of_the_cube(1, n, 2 + members.spare, torch.Generator().manual_seed(0)))
+    d = len(members.axes if isinstance(members, ProductMembers) else members.centres[0])
+    x = members.cloud(points_of_the_cube(1, n, d + members.spare, torch.Generator().manual_seed(0)))
     return x[0], members.log_density(x)[0]
 
 
@@ -70,6 +71,24 @@ def test_each_coordinate_of_a_product_does_not_see_the_others():
     assert torch.equal(moved[0][:, 0], moved[1][:, 0]) and not torch.allclose(moved[0][:, 1], moved[1][:, 1], atol=0.1)
 
 
+def test_mixtures_move_along_turned_axes_as_they_do_on_the_line():
+    """In space: each coordinate where the solver on the line brings it, the density by the product of the slopes."""
+    axes = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    laws = [on_line([-1.0, 1.0], [0.4, 0.3]), on_line([0.2], [0.5]), on_line([0.9, -0.7], [0.3, 0.8])]
+    members = ProductMembers(laws, axes)
+    x, log_rho = drawn(members)
+    functional = transport(ENTROPY).functional()
+    moved, logs = of_coordinates(functional, TAU, members, x, log_rho)(2)
+    change = 0.0
+    for k, law in enumerate(laws):
+        at = (x @ axes[k])[:, None]
+        own = law.log_density(at[None])[0]
+        line, after = on_the_line(functional, TAU, lambda z, law=law: law.log_density(z[None])[0], at, own)(2)
+        assert torch.allclose(moved @ axes[k], line[:, 0], atol=1e-9) and (line - at).abs().mean() > 0.05
+        change = change + after - own
+    assert torch.allclose(logs - log_rho, change, atol=1e-9)
+
+
 @pytest.mark.parametrize("terms", [[WELLS, ENTROPY], {"name": "power_entropy"}])
 def test_what_is_no_sum_over_the_coordinates_has_no_reference(terms):
     """Wells along the axes of space are none along turned ones; rho^2 is a product."""
@@ -80,12 +99,13 @@ def test_what_is_no_sum_over_the_coordinates_has_no_reference(terms):
         of_coordinates(operator.functional(), TAU, members, x, log_rho)
 
 
-def test_a_profile_spreads_around_its_own_centre():
+@pytest.mark.parametrize("m", [1.95, 2.0])  # 1 / (1 / 0.95) is not 0.95
+def test_a_profile_spreads_around_its_own_centre(m):
     centres, sizes = torch.tensor([[0.7, -0.4]]).double(), torch.tensor([[0.5]]).double()
-    operator, members = transport({"name": "power_entropy"}, 0.02), BarenblattMembers(centres, sizes, 1.0)
+    operator, members = transport({"name": "power_entropy", "m": m}, 0.02), BarenblattMembers(centres, sizes, m)
     x, log_rho = drawn(members)
     y, log_after = reference_of_member(operator, members, x, log_rho)(1)
-    grown = barenblatt_jko_radius(0.5, 0.02, 2.0, 2) / 0.5
+    grown = barenblatt_jko_radius(0.5, 0.02, m, 2) / 0.5
     assert grown > 1.02
     assert torch.allclose(y, centres + grown * (x - centres), atol=1e-9)
     assert torch.allclose(log_after, log_rho - 2 * math.log(grown), atol=1e-9)
@@ -93,7 +113,7 @@ def test_a_profile_spreads_around_its_own_centre():
 
 
 def test_a_profile_of_another_equation_has_none():
-    members = BarenblattMembers(torch.zeros(1, 2).double(), torch.ones(1, 1).double(), 0.5)  # m = 3
+    members = BarenblattMembers(torch.zeros(1, 2).double(), torch.ones(1, 1).double(), 3.0)
     assert reference_of_member(transport({"name": "power_entropy"}), members, *drawn(members)) is None
 
 
@@ -104,5 +124,9 @@ def test_the_axes_of_a_functional_are_those_of_its_potentials():
     assert torch.allclose(wells.abs().sort(1)[0], torch.tensor([[0.0, 1.0]] * 2).double(), atol=1e-6)
     assert axes_of(transport(ENTROPY).functional(), 2) is not None  # any
     assert axes_of(transport([BOWL, WELLS, ENTROPY]).functional(), 2) is None  # others of each
+    other = {"name": "potential", "potential": {"name": "quadratic", "matrix": [[2.0, 0.7], [0.7, 1.0]]}}
+    both = axes_of(transport([BOWL, other, ENTROPY]).functional(), 2)  # two bowls are one
+    whole = torch.tensor([[3.36, 0.22], [0.22, 2.64]], dtype=torch.float64)
+    assert torch.allclose(both @ whole @ both.T, torch.linalg.eigvalsh(whole).diag(), atol=1e-6)
     assert axes_of(transport(BOWL).functional(), 2) is None  # no density: its particles go by themselves
     assert axes_of(transport({"name": "power_entropy"}).functional(), 2) is None

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from gengrad.data.draws import generator_for
+from gengrad.data.even_clouds import lattice
 from gengrad.data.families import points_of_the_cube
 from gengrad.data.family_members import GaussianMembers, ProductMembers
+from gengrad.data.moments import moved_to
 from gengrad.flows.implicit_steps import of_coordinates
 from gengrad.functionals.internal import Entropy
 from gengrad.networks import SetOperator
 from gengrad.training.fitter import TrainSettings, make_optimizer
 
 TAU, MEASURES, HELD_OUT, BATCH, ASKED = 0.1, 800, 64, 16, 128
-KINDS = ("independent", "net", "settled")  # independent points; a Sobol net pushed through quantiles; Members.cloud
+# independent points; a Sobol net, each coordinate at its ranks, pushed through quantiles and moved to the measure's
+# moments; a lattice in its place; points of the lattice that have settled (Members.cloud)
+KINDS = ("independent", "net", "lattice", "settled")
 
 
 def _coordinate(generator: torch.Generator) -> GaussianMembers:
@@ -35,6 +39,15 @@ def _coordinate(generator: torch.Generator) -> GaussianMembers:
     return GaussianMembers((2 * centres - 1)[..., None], stds[..., None, None], weights / weights.sum())
 
 
+def _cloud(kind: str, members: ProductMembers, u: Tensor) -> Tensor:
+    if kind == "independent":
+        return members.push(u)
+    if kind == "settled":
+        return members.cloud(u)
+    ranks = (u.argsort(1).argsort(1).double() + 0.5) / u.shape[1]
+    return moved_to(members.push(ranks if kind == "net" else lattice(u, 2)), *members.moments())
+
+
 def steps(kind: str, n: int, seed: int, measures: int = MEASURES) -> tuple[Tensor, Tensor]:
     """Clouds (measures, n, 2) of that kind, and where exact steps bring them."""
     clouds, moved = [], []
@@ -44,7 +57,7 @@ def steps(kind: str, n: int, seed: int, measures: int = MEASURES) -> tuple[Tenso
         turn = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
         members = ProductMembers([_coordinate(generator), _coordinate(generator)], torch.tensor(turn).double())
         u = points_of_the_cube(1, n, 3, generator, kind != "independent")
-        x = (members.cloud(u) if kind == "settled" else members.push(u))[0]
+        x = _cloud(kind, members, u)[0]
         state = of_coordinates(Entropy(), TAU, members, x, members.log_density(x[None])[0])(1)
         clouds.append(x.float())
         moved.append(state[0].float())

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict]] = {
         "fokker_planck",
         {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}},
     ),
-    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}}),
+    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 3000}}),
     "porous_medium_1": ("porous_medium", {}),
     "porous_medium_2": ("porous_medium", {"source": {"dimension": 2}, "data": PLANE}),
     "aggregation_1": ("aggregation", {}),
@@ -46,7 +46,7 @@ ABLATIONS: dict[str, dict] = {
     "initial densities only": {"rollout": False},
     "without average": {"average": False},
     "without fresh": {"fresh": 0.0},
-    "with a curriculum": {"curriculum": 0.4},
+    "without curriculum": {"curriculum": 0.0},
 }
 
 

@@ -68,7 +68,7 @@ class JKOOperator(Method):
         anchors: int = Field(1024, ge=4)  # particles of the source that the flow's samples follow
         buffer: int = Field(128, ge=1)  # states that the operator has moved; 0 ages where rollout is false
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
-        curriculum: float = Field(0.0, ge=0, le=1)  # share of the training over which the horizon grows from 1
+        curriculum: float = Field(0.4, ge=0, le=1)  # share of the training over which the horizon grows from 1
         rollout: bool = True  # false: initial measures alone, the ablation of the paper
         average: bool = True  # states are moved by the averaged weights; false: by the current ones
         taus: list[float] | None = None  # [least, largest] tau to train for, drawn evenly in the logarithm

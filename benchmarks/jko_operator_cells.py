@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict]] = {
         "fokker_planck",
         {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}},
     ),
-    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 3000}}),
+    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 2000}}),
     "porous_medium_1": ("porous_medium", {}),
     "porous_medium_2": ("porous_medium", {"source": {"dimension": 2}, "data": PLANE}),
     "aggregation_1": ("aggregation", {}),

@@ -44,8 +44,7 @@ def _cloud(kind: str, members: ProductMembers, u: Tensor) -> Tensor:
         return members.push(u)
     if kind == "settled":
         return members.cloud(u)
-    ranks = (u.argsort(1).argsort(1).double() + 0.5) / u.shape[1]
-    return moved_to(members.push(ranks if kind == "net" else lattice(u, 2)), *members.moments())
+    return members.net(u) if kind == "net" else moved_to(members.push(lattice(u, 2)), *members.moments())
 
 
 def steps(kind: str, n: int, seed: int, measures: int = MEASURES) -> tuple[Tensor, Tensor]:

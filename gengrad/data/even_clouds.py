@@ -17,21 +17,25 @@ MOST = 4096  # points that settle: the time grows with their square
 FLAT = 3  # dimensions up to which lattices are better than nets, and n points are dense enough to settle
 
 
+def ranks(u: Tensor, within: Tensor | float = 0.5) -> Tensor:
+    """(r + ``within``) / n at the rank r of each coordinate of u (count, n, k) among its n."""
+    return (u.argsort(1).argsort(1).to(u.dtype) + within) / u.shape[1]
+
+
 def lattice(u: Tensor, d: int, within: Tensor | float = 0.5) -> Tensor:
     """u (count, n, k) with its first d coordinates those of a lattice of n points, in the order of u, shifted as u is.
 
     The first one is (r + ``within``) / n at the rank r of u, the others are r g^-1, r g^-2, ... modulo 1, g the root of
     g^d = g + 1: for d = 2 the golden ratio, whose lattice of so many points has the least discrepancy. Above d = 3,
-    where g is so near to 1 that coordinates resemble each other, each is (r + ``within``) / n at its own rank.
+    where g is so near to 1 that coordinates resemble each other, each has its own ``ranks``.
     """
-    n = u.shape[1]
     if d == 1 or d > FLAT:
-        return torch.cat([(u[..., :d].argsort(1).argsort(1).to(u.dtype) + within) / n, u[..., d:]], -1)
+        return torch.cat([ranks(u[..., :d], within), u[..., d:]], -1)
     rank, g = u[..., :1].argsort(1).argsort(1).to(u.dtype), 2.0
     for _ in range(64):
         g = (1 + g) ** (1 / d)
     turns = g ** -torch.arange(1, d, dtype=u.dtype, device=u.device)
-    return torch.cat([(rank + within) / n, (rank * turns + u[:, :1, 1:d]) % 1.0, u[..., d:]], -1)
+    return torch.cat([(rank + within) / u.shape[1], (rank * turns + u[:, :1, 1:d]) % 1.0, u[..., d:]], -1)
 
 
 def settled(x: Tensor, log_density: Callable[[Tensor], Tensor], smoothed: Callable[[Tensor], Callable]) -> Tensor:

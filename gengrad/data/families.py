@@ -16,9 +16,12 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor
 
-from gengrad.data.even_clouds import lattice
+from gengrad.data.even_clouds import FLAT, lattice
 from gengrad.registry import FAMILIES, Configured, Settings
 
+# share of the clouds in the plane and in space that have not settled: what has seen settled ones alone takes the noise
+# of others for the measure's own
+UNEVEN = 0.5
 EDGE = 1e-6  # u stays so far from the faces of the cube, where a Gaussian quantile is infinite
 
 
@@ -133,7 +136,8 @@ def clouds(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
-    n), float32. The ``first`` of them (default: n) are ``Members.cloud``, their weights 1; the others go on in a Sobol
+    n), float32. The ``first`` of them (default: n) are ``Members.cloud``, in the plane and in space half
+    of them ``GaussianMembers.net``, their weights 1; the others go on in a Sobol
     net of the cube and reach ``tails`` times as far, by ``push_wide``.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first
@@ -146,6 +150,9 @@ def clouds(
         members = FAMILIES.build(settings).members(len(rows), dimension, generator)
         u = points_of_the_cube(len(rows), n, dimension + members.spare, generator)
         points = members.cloud(u[:, :first])
+        if members.smooth and 1 < dimension <= FLAT:
+            uneven = torch.rand(len(rows), 1, 1, generator=generator) < UNEVEN
+            points = torch.where(uneven, members.net(u[:, :first]), points)
         if first < n and tails == 1:
             within = torch.rand(len(rows), 1, 1, generator=generator, dtype=torch.float64)
             points = torch.cat([points, members.cloud(u[:, first:], within)], 1)

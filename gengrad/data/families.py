@@ -16,7 +16,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor
 
-from gengrad.data.even_clouds import FLAT, lattice
+from gengrad.data.even_clouds import FLAT, lattice, ranks
 from gengrad.registry import FAMILIES, Configured, Settings
 
 # share of the clouds in the plane and in space that have not settled: what has seen settled ones alone takes the noise
@@ -56,6 +56,10 @@ class Members(ABC):
         (count, 1, 1), of [0, 1): by others than 1/2 two clouds of a measure on the line differ.
         """
         return self.push(lattice(u, u.shape[-1] - self.spare, within))
+
+    def net(self, u: Tensor) -> Tensor:
+        """``push`` of u (count, n, d + spare) at its ranks: a cloud that is not as even as ``cloud``."""
+        return self.push(ranks(u))
 
     def score(self, x: Tensor) -> Tensor:
         """grad log rho at x, like x; NaN where the density is not smooth."""
@@ -136,9 +140,9 @@ def clouds(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
-    n), float32. The ``first`` of them (default: n) are ``Members.cloud``, in the plane and in space half
-    of them ``GaussianMembers.net``, their weights 1; the others go on in a Sobol
-    net of the cube and reach ``tails`` times as far, by ``push_wide``.
+    n), float32. The ``first`` of them (default: n) are ``Members.cloud``, half of the smooth ones
+    in the plane and in space ``Members.net``, their weights 1; the others go on in a Sobol net of the cube and reach
+    ``tails`` times as far, by ``push_wide``.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first
     x, log_rho, score = torch.empty(count, n, dimension), torch.empty(count, n), torch.empty(count, n, dimension)

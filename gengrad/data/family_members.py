@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gengrad.data.even_clouds import lattice, ranks, settled
+from gengrad.data.even_clouds import lattice, settled
 from gengrad.data.families import EDGE, Family, Members, direction, log_ball, rotations
 from gengrad.data.moments import moved_to
 from gengrad.registry import FAMILIES
@@ -48,8 +48,7 @@ class GaussianMembers(Members):
         return moved_to(settled(x, self.log_density, self._smoothed), *self.moments())
 
     def net(self, u: Tensor) -> Tensor:
-        """A cloud that is not as even as ``cloud``: u at its ranks, that do not settle, with the measure's moments."""
-        return moved_to(self.push(ranks(u)), *self.moments())
+        return moved_to(super().net(u), *self.moments())
 
     def _smoothed(self, h: Tensor) -> Callable[[Tensor], Tensor]:
         """The log density after a convolution with N(0, h^2 I), h (count, 1, 1)."""

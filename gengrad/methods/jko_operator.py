@@ -35,7 +35,7 @@ from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem
 from gengrad.methods.state_buffer import StateBuffer
 from gengrad.networks.set_operator import FOLD, LARGEST_JACOBIAN, determinant, log_without_folds
-from gengrad.registry import METHODS, Settings, settings_of
+from gengrad.registry import FAMILIES, METHODS, Settings, settings_of
 
 SEEN = 256  # fresh measures by which the range of the training family is told
 EVERY = 8  # optimiser steps between two pushes of a part of the buffer
@@ -125,8 +125,12 @@ class JKOOperator(Method):
                 f"the functional needs a density, and log det DT is written out up to d = {LARGEST_JACOBIAN}; here "
                 f"d = {shape[0]}: take jko_icnn, or functionals of particles (potential, interaction, energy_distance)"
             )
-        found += lacks(c.functional, target)
-        return found
+        for family in c.initial:
+            try:
+                FAMILIES.build(family).members(1, shape[0], generator_for(0, "operator/check"))
+            except ValueError as error:  # a family of another dimension
+                found.append(f"method.initial: {error}")
+        return found + lacks(c.functional, target)
 
     def stages(self, problem: Problem, flow: Flow) -> Iterator[Stage]:
         yield OperatorStage(problem, self.config)

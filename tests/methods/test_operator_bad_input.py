@@ -32,6 +32,10 @@ CASES = {
         {}, {"functional": [{"name": "entropy", "weight": -1.0}]}, ["entropy of weight -1", "positive weight"],
     ),
     "a misspelt family": ({}, {"initial": ["gausians"]}, ["method.initial", "Did you mean 'gaussians'"]),
+    "axes of another dimension": (
+        {}, {"initial": {"name": "products", "axes": [[0, 1, 0], [1, 0, 0], [0, 0, 1]]}},
+        ["method.initial: family 'products': 3 axes for points of d ="],
+    ),
     "no family": ({}, {"initial": []}, ["at least one family"]),
     "a family that is turned inside out": (
         {}, {"initial": {"name": "boxes", "smallest": 2.0, "largest": 1.0}}, ["smallest=2 is above largest=1"],

@@ -13,7 +13,8 @@ E|X - X_ref|^2 over the same points, at least W2, as a share of the way since th
 the run's Gaussian or profile, and from 32 held-out measures of the training families (16 for energies of particles), of
 mixtures with twice as many components at the reach and sizes of the first family, from independent points of the
 training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from that of their law
-by the noise of the cloud, and in the plane from products, mixtures with independent coordinates. References
+by the noise of the cloud, and in the plane from products, mixtures with independent coordinates, even and independent
+points of these; networks that take log densities are told them, but for ``untold`` (the same products). References
 (``evaluation/references.py``): on the line all of them, for energies of particles the step of the very cloud, in the
 plane Gaussians, profiles and products. ``fell``: share of all these rollouts in which the energy fell in every step.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
@@ -21,8 +22,8 @@ ablation: the same measures for operators trained without one part of the method
 share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
 speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
 (jko_icnn) trained until it passes the operator's error (of 50, 200 and 800 optimiser steps, the first).
-clouds: what a network learns of exact steps of measures in the plane that come as clouds made in three ways
-(jko_operator_clouds.py).
+clouds: what a network learns of exact steps of measures in the plane that come as clouds made in four ways, without and
+with log densities (jko_operator_clouds.py).
 warm: the residual of the per-step solver after so many optimiser steps, started from the operator and not.
 """
 
@@ -77,14 +78,16 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
     found |= {f"source_{key}": value for key, value in worst(rows[:horizon]).items()}
     found |= {f"source_twice_{key}": value for key, value in worst(rows).items() if not key.startswith("end")}
     found["source_fell"] = not any(row["rose"] for row in rows)
-    kinds = [("held_out", config["method"]["initial"], few, True)]
+    initial = config["method"]["initial"]
+    kinds = [("held_out", initial, {})]
     if not given.quick:
-        kinds += [("more_components", more_components(config["method"]), few, True)]
-        kinds += [("independent", config["method"]["initial"], few, False)]
+        kinds += [("more_components", more_components(config["method"]), {}), ("independent", initial, {"even": False})]
         if (products := independent_coordinates(flow)) is not None:
-            kinds += [("products", products, few, True)]
-    for name, families, n, even in kinds:
-        held = judge_held_out(flow, families, 2 * horizon, count=count, n=n, seed=seed + 1, even=even)
+            kinds += [("products", products, {}), ("independent_products", products, {"even": False})]
+        if config["network"].get("log_density"):
+            kinds += [("untold", products or initial, {"told": False})]
+    for name, families, how in kinds:
+        held = judge_held_out(flow, families, 2 * horizon, count=count, n=few, seed=seed + 1, **how)
         found |= {
             f"{name}_{key}": value
             for key, value in held.items()

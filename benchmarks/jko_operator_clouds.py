@@ -3,7 +3,8 @@
 Heat steps (tau = 0.1) of measures in the plane whose exact steps are known: independent coordinates along turned axes,
 each a mixture of one or two Gaussians. The network of configs/operator/fokker_planck.yaml learns 736 of them by plain
 regression, and is judged on 64 others: root of E|T x - x_exact|^2 as a share of the way, mean and worst. What it cannot
-learn, the clouds do not say. Called by benchmarks/jko_operator.py --parts clouds.
+learn, the clouds do not say. ``told``: it sees log rho at the points too. Called by benchmarks/jko_operator.py --parts
+clouds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gengrad.training.fitter import TrainSettings, make_optimizer
 TAU, MEASURES, HELD_OUT, BATCH, ASKED = 0.1, 800, 64, 16, 128
 # independent points; a Sobol net, each coordinate at its ranks, pushed through quantiles and moved to the measure's
 # moments; a lattice in its place; points of the lattice that have settled (Members.cloud)
-KINDS = ("independent", "net", "lattice", "settled")
+KINDS = ("independent", "net", "lattice", "settled", "independent told", "settled told")
 
 
 def _coordinate(generator: torch.Generator) -> GaussianMembers:
@@ -47,9 +48,9 @@ def _cloud(kind: str, members: ProductMembers, u: Tensor) -> Tensor:
     return members.net(u) if kind == "net" else moved_to(members.push(lattice(u, 2)), *members.moments())
 
 
-def steps(kind: str, n: int, seed: int, measures: int = MEASURES) -> tuple[Tensor, Tensor]:
-    """Clouds (measures, n, 2) of that kind, and where exact steps bring them."""
-    clouds, moved = [], []
+def steps(kind: str, n: int, seed: int, measures: int = MEASURES) -> tuple[Tensor, Tensor, Tensor]:
+    """Clouds (measures, n, 2) of that kind, where exact steps bring them, and log rho (measures, n)."""
+    clouds, moved, known = [], [], []
     for number in range(measures):
         generator = generator_for(seed, "clouds", number)
         angle = float(torch.rand((), generator=generator)) * 2 * math.pi
@@ -57,23 +58,26 @@ def steps(kind: str, n: int, seed: int, measures: int = MEASURES) -> tuple[Tenso
         members = ProductMembers([_coordinate(generator), _coordinate(generator)], torch.tensor(turn).double())
         u = points_of_the_cube(1, n, 3, generator, kind != "independent")
         x = _cloud(kind, members, u)[0]
-        state = of_coordinates(Entropy(), TAU, members, x, members.log_density(x[None])[0])(1)
-        clouds.append(x.float())
-        moved.append(state[0].float())
-    return torch.stack(clouds), torch.stack(moved)
+        log_rho = members.log_density(x[None])[0]
+        state = of_coordinates(Entropy(), TAU, members, x, log_rho)(1)
+        for values, one in ((clouds, x), (moved, state[0]), (known, log_rho)):
+            values.append(one.float())
+    return torch.stack(clouds), torch.stack(moved), torch.stack(known)
 
 
-def learned(x: Tensor, y: Tensor, updates: int) -> SetOperator:
+def learned(x: Tensor, y: Tensor, known: Tensor | None, updates: int) -> SetOperator:
     """The network after so many updates of plain regression on the steps x -> y (measures, n, 2)."""
     settings = TrainSettings(optimizer="soap", lr=0.02)
     torch.manual_seed(0)
-    network = SetOperator(event_shape=(2,), width=48, tokens=8, heads=2, blocks=1, translation_equivariant=True)
+    small = {"width": 48, "tokens": 8, "heads": 2, "blocks": 1, "translation_equivariant": True}
+    network = SetOperator(event_shape=(2,), log_density=known is not None, **small)
     optimizer = make_optimizer(network.parameters(), settings)
     for update in range(updates):
         share = min(1.0, (update + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * update / updates))
         optimizer.param_groups[0]["lr"] = settings.lr * share
         rows, points = torch.randint(len(x), (BATCH,)), torch.randperm(x.shape[1])[:ASKED]
-        loss = (network(x[rows][:, points], x[rows], TAU) - y[rows][:, points]).square().sum(-1).mean() / (2 * TAU)
+        moved = network(x[rows][:, points], x[rows], TAU, log_density=None if known is None else known[rows])
+        loss = (moved - y[rows][:, points]).square().sum(-1).mean() / (2 * TAU)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.03)
@@ -82,12 +86,13 @@ def learned(x: Tensor, y: Tensor, updates: int) -> SetOperator:
 
 
 def clouds(kind: str, seed: int, quick: bool) -> dict:
-    """Share of the way on held-out measures, of a network that was told exact steps of clouds of that ``kind``."""
+    """Share of the way on held-out measures, of a network that has learned exact steps of clouds of that ``kind``."""
     started, held = time.process_time(), 4 if quick else HELD_OUT
-    x, y = steps(kind, 128 if quick else 1024, seed, 12 if quick else MEASURES)
-    network = learned(x[held:], y[held:], 8 if quick else 1000)
+    kind, _, told = kind.partition(" ")
+    x, y, known = steps(kind, 128 if quick else 1024, seed, 12 if quick else MEASURES)
+    network = learned(x[held:], y[held:], known[held:] if told else None, 8 if quick else 1000)
     with torch.no_grad():
-        error = (network(x[:held], x[:held], TAU) - y[:held]).square().sum(-1).mean(1)
+        error = (network(x[:held], x[:held], TAU, log_density=known[:held]) - y[:held]).square().sum(-1).mean(1)
     shares = (error / (x[:held] - y[:held]).square().sum(-1).mean(1)).sqrt()
     return {
         "share": float(shares.mean()),

@@ -55,7 +55,7 @@ def rollout(flow: gengrad.Flow, number: int) -> Figure:
     log_rho = members.log_density(x[None])[0]
     exact = on_the_line(operator.functional(), operator.tau, lambda z: members.log_density(z[None])[0], x, log_rho)
     figure, panels = new_figure(len(SHOWN), 12.0, 2.6)
-    state, seen, order = (x, log_rho), x, x[:, 0].argsort()
+    state, order = (x, log_rho), x[:, 0].argsort()
     for step in range(max(SHOWN) + 1):
         if step in SHOWN:
             panel = panels[SHOWN.index(step)]
@@ -68,8 +68,7 @@ def rollout(flow: gengrad.Flow, number: int) -> Figure:
             curve_panel(panel, "", "")
             panel.set_title("1 step" if step == 1 else f"{step} steps", fontsize=10)
             panel.set_ylim(bottom=0)
-        after = push(operator.network, state[0], operator.tau, state[1], seen)
-        seen, state = push(operator.network, seen, operator.tau)[0], after
+        state = push(operator.network, state[0], operator.tau, state[1])
     legend_below(figure, panels[0], 2)
     return figure
 

@@ -136,6 +136,8 @@ def sample(given: Namespace) -> int:
     if given.source is None:
         if given.weights:
             raise ValueError("--weights are those of an operator's energy: give --source POINTS.npy and --steps K too")
+        if given.log_density is not None:
+            raise ValueError("--log-density is that of points: give --source POINTS.npy and --steps K too")
         _choose_phases(flow, given)
     if flow.info.get("config", {}).get("data", {}).get("name") == "latents" and not codes and given.steps is None:
         return sample_molecules(flow, given)

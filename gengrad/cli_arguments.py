@@ -60,6 +60,13 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     operators.add_argument("--column", default=None, help="the SMILES column of a table (default: a usual name)")
     operators.add_argument("--steps", type=positive, default=None, help="JKO steps that an operator makes")
     operators.add_argument(
+        "--log-density",
+        type=path,
+        default=None,
+        metavar="FILE",
+        help=".npy (n,): log rho at the points of --source, for an operator's energies and for networks that take it",
+    )
+    operators.add_argument(
         "--weights",
         type=weights,
         default=None,

@@ -22,18 +22,19 @@ def evolve_cloud(flow: Flow, given: Namespace) -> int:
     from gengrad.sampling import write_samples
 
     points = read_cloud(given.source)
+    known = None if given.log_density is None else read_cloud(given.log_density, "--log-density", ("n",))
     out = writable(given.out, ENDINGS) if given.out else None
     film = None
     if given.trajectory is not None:
         film = writable(Path(given.trajectory or Path(given.run) / "trajectory.gif"), (".gif",))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found = flow.evolve(points, given.steps, tau=given.tau, weights=given.weights)
+        found = flow.evolve(points, given.steps, tau=given.tau, weights=given.weights, log_density=known)
     for warning in told:
         print(f"gengrad: {warning.message}")
     print(f"{len(points)} points, {given.steps} steps, {found.nfe} network evaluations each, {found.seconds:.2f} s")
     if found.energies is None:
-        print("energies: not known, the energy needs a density, which points alone do not have")
+        print("energies: not known, the energy needs a density: --log-density FILE.npy, log rho at the points")
     else:
         rose = int((found.energies.diff() > 1e-6 * (1 + found.energies[:-1].abs())).sum())
         ends = f"{float(found.energies[0]):.6g} to {float(found.energies[-1]):.6g}"
@@ -49,19 +50,20 @@ def evolve_cloud(flow: Flow, given: Namespace) -> int:
     return 0
 
 
-def read_cloud(file: Path) -> Tensor:
-    """The points (n, d) of a .npy file, float32; raises ``ValueError`` for what is no array of numbers."""
+def read_cloud(file: Path, option: str = "--source", axes: tuple[str, ...] = ("n", "d")) -> Tensor:
+    """The points (n, d) of a .npy file, or what has other ``axes``, float32; ``ValueError`` for what is none."""
     import numpy as np
     import torch
 
+    shape = f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
     if file.suffix.lower() != ".npy":
-        raise ValueError(f"--source {file}: a .npy file of points (n, d) is wanted, as numpy.save writes it")
+        raise ValueError(f"{option} {file}: a .npy file of shape {shape} is wanted, as numpy.save writes it")
     if not file.is_file():
-        raise ValueError(f"--source {file}: there is no such file")
+        raise ValueError(f"{option} {file}: there is no such file")
     try:
         array = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"--source {file} is no .npy file of numbers: {error}") from None
-    if array.dtype.kind not in "fiu" or array.ndim != 2:
-        raise ValueError(f"--source {file}: numbers of shape (n, d) are wanted; found {array.dtype} of {array.shape}")
+        raise ValueError(f"{option} {file} is no .npy file of numbers: {error}") from None
+    if array.dtype.kind not in "fiu" or array.ndim != len(axes):
+        raise ValueError(f"{option} {file}: numbers of shape {shape} are wanted; found {array.dtype} of {array.shape}")
     return torch.from_numpy(array.astype(np.float32))

@@ -18,19 +18,32 @@ class KernelMoments(torch.autograd.Function):
     """E[k(s - x) f_j(s)] (levels, sets, n, columns) over the particles s (sets, N, d) at x (sets, n, d).
 
     k(z) = exp(-|z|^2 / (2 h^2)), one for each width h / 2^level; ``h`` (sets, 1, 1). The columns f_j are the products
-    of coordinates of s up to ``degree``: 1, s, s s', ... Those of one degree more are the derivative, d/dx E[k f] =
-    (E[k f s'] - E[k f] x') / h^2, so no kernel matrix is kept; x has a gradient, once.
+    of coordinates of s up to ``degree``: 1, s, s s', ..., and after them, where particles have ``marks`` (sets, N, m),
+    or others for each level (levels, sets, N, m), the products of these with coordinates up to ``degree`` - 1: m, m s',
+    ... Those of one degree more are the derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so no kernel matrix is
+    kept; x has a gradient, once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, particles: Tensor, h: Tensor, levels: int, degree: int) -> Tensor:
-        columns = [torch.ones_like(particles[..., :1])]
-        for _ in range(degree + ctx.needs_input_grad[0]):
-            columns.append(outer(columns[-1], particles).flatten(-2))
-        found = _means(x, particles, torch.cat(columns, -1) / particles.shape[-2], h, levels)
-        count = sum(x.shape[-1] ** power for power in range(degree + 1))
-        ctx.save_for_backward(x, found[..., 1:], found[..., :count], h)
-        return found[..., :count].clone()
+    def forward(
+        ctx: Any, x: Tensor, particles: Tensor, h: Tensor, levels: int, degree: int, marks: Tensor | None = None
+    ) -> Tensor:
+        deeper, blocks = int(ctx.needs_input_grad[0]), [(torch.ones_like(particles[..., :1]), degree)]
+        if marks is not None:
+            blocks.append((marks, degree - 1))
+        powers = [_powers(one, particles, most + deeper) for one, most in blocks]
+        sizes, ahead = [part.shape[-1] for part in powers], max(part.dim() for part in powers)
+        columns = torch.cat([part.expand(levels, *part.shape[-3:]) if ahead > 3 else part for part in powers], -1)
+        found = _means(x, particles, columns / particles.shape[-2], h, levels)
+        kept, higher = [], []
+        for (one, most), some in zip(blocks, found.split(sizes, -1)):
+            count = one.shape[-1] * sum(x.shape[-1] ** power for power in range(most + 1))
+            kept.append(some[..., :count])
+            higher.append(some[..., one.shape[-1] :])
+        kept = torch.cat(kept, -1)
+        if deeper:
+            ctx.save_for_backward(x, torch.cat(higher, -1), kept, h)
+        return kept.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -38,11 +51,19 @@ class KernelMoments(torch.autograd.Function):
         x, higher, found, h = ctx.saved_tensors
         slope = higher.unflatten(-1, (-1, x.shape[-1])) - outer(found, x)
         narrower = 4.0 ** torch.arange(len(found), dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
-        return ((given[..., None, :] @ slope)[..., 0, :] * narrower / h**2).sum(0), None, None, None, None
+        return ((given[..., None, :] @ slope)[..., 0, :] * narrower / h**2).sum(0), None, None, None, None, None
+
+
+def _powers(columns: Tensor, particles: Tensor, most: int) -> Tensor:
+    """``columns`` (..., sets, N, c) times the products of 0, 1, ... ``most`` coordinates, side by side."""
+    found = [columns]
+    for _ in range(most):
+        found.append(outer(found[-1], particles).flatten(-2))
+    return torch.cat(found, -1)
 
 
 def _means(x: Tensor, particles: Tensor, columns: Tensor, h: Tensor, levels: int) -> Tensor:
-    """Kernels times ``columns`` (sets, N, c), (levels, sets, n, c), tile by tile.
+    """Kernels times ``columns`` (sets, N, c) or (levels, sets, N, c), (levels, sets, n, c), tile by tile.
 
     The exponent is one product, of (x, -|x|^2/2, 1)/h^2 and (s, 1, -|s|^2/2); half the width is the fourth power.
     """
@@ -58,7 +79,7 @@ def _means(x: Tensor, particles: Tensor, columns: Tensor, h: Tensor, levels: int
             for level in range(levels):
                 if level:
                     kernel = kernel.square_().square_().clamp_min_(math.exp(faint))
-                found[level, some, these] = kernel @ columns[some]
+                found[level, some, these] = kernel @ (columns if columns.dim() == 3 else columns[level])[some]
     return found
 
 

@@ -136,12 +136,13 @@ Families = Annotated[list[dict], BeforeValidator(read_families)]
 
 def clouds(
     families: Sequence[dict], count: int, n: int, dimension: int, generator: torch.Generator,
-    first: int | None = None, tails: float = 1.0,
+    first: int | None = None, tails: float = 1.0, independent: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
     n), float32. The ``first`` of them (default: n) are ``Members.cloud``, half of the smooth ones
-    in the plane and in space ``Members.net``, their weights 1; the others go on in a Sobol net of the cube and reach
+    in the plane and in space ``Members.net``, of a share ``independent`` as many independent points, their weights 1;
+    the others go on in a Sobol net of the cube and reach
     ``tails`` times as far, by ``push_wide``.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first
@@ -157,6 +158,10 @@ def clouds(
         if members.smooth and 1 < dimension <= FLAT:
             uneven = torch.rand(len(rows), 1, 1, generator=generator) < UNEVEN
             points = torch.where(uneven, members.net(u[:, :first]), points)
+        if independent and members.smooth:
+            drawn = torch.rand(len(rows), 1, 1, generator=generator) < independent
+            alone = points_of_the_cube(*u[:, :first].shape, generator, even=False)
+            points = torch.where(drawn, members.push(alone), points)
         if first < n and tails == 1:
             within = torch.rand(len(rows), 1, 1, generator=generator, dtype=torch.float64)
             points = torch.cat([points, members.cloud(u[:, first:], within)], 1)

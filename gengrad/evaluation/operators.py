@@ -27,16 +27,16 @@ NOTICED = 1e-3  # of the fall since the start: a rise that counts, where a rollo
 
 def judge_rollout(
     transport: OperatorTransport, x: Tensor, log_rho: Tensor | None, steps: int,
-    reference: Reference | None = None, particles: Tensor | None = None,
+    reference: Reference | None = None, told: bool = True,
 ) -> list[dict]:  # fmt: skip
-    """One row a step of a rollout from x (n, d), the context from ``particles`` (default: x).
+    """One row a step of a rollout from x (n, d); not ``told``, its network goes by the points alone.
 
     ``energy``, and where a reference knows all steps ``energy_implicit``; ``gap``: their difference as a share of what
     the reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``:
     the reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step, by more
     than rounding and than a thousandth of its fall since the start.
     """
-    functional, seen = transport.functional(), x if particles is None else particles
+    functional = transport.functional()
     needs, truths = functional.needs_density, _solved(reference, steps)
     state, rows = (x, log_rho if needs else None), []
 
@@ -45,8 +45,8 @@ def judge_rollout(
 
     start = before = energy(state)
     for k in range(1, steps + 1):
-        after = push(transport.network, state[0], transport.tau, state[1], seen, transport.told())
-        seen, state = push(transport.network, seen, transport.tau, weights=transport.told())[0], after
+        known = state[1] if told else None
+        state = push(transport.network, state[0], transport.tau, state[1], state[0], transport.told(), known)
         row = {"step": k, "time": k * transport.tau, "energy_before": before, "energy": energy(state)}
         row["rose"] = not row["energy"] <= before + max(1e-6 * (1 + abs(before)), NOTICED * (start - before))
         if truths is not None:
@@ -96,9 +96,11 @@ def law_of(flow: Flow) -> Callable[[int], Distribution] | None:
 
 
 def judge_held_out(
-    flow: Flow, families: list[dict], steps: int, *, count: int, n: int, seed: int, even: bool = True
+    flow: Flow, families: list[dict], steps: int, *, count: int, n: int, seed: int, even: bool = True, told: bool = True
 ) -> dict:
-    """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each.
+    """Rollouts from ``count`` measures of the families that training has not seen (another key), n particles each,
+
+    as ``even`` clouds or independent ones, the network ``told`` their log densities, if it takes them, or not.
 
     ``fell``: the share of them whose energy fell in every step; ``folded``: of those in which the map folded, which
     have no energy with a density from there on; where implicit steps are known, by ``reference_of_member``
@@ -115,7 +117,7 @@ def judge_held_out(
         x = members.cloud(u) if even else members.push(u)
         log_rho = members.log_density(x)[0]
         reference = reference_of_member(transport, members, x[0], log_rho)
-        rows = judge_rollout(transport, x[0], log_rho, steps, reference)
+        rows = judge_rollout(transport, x[0], log_rho, steps, reference, told)
         fell.append(not any(row["rose"] for row in rows))
         folded.append(not all(math.isfinite(row["energy"]) for row in rows))
         if "gap" in rows[0] and not folded[-1]:

@@ -221,12 +221,16 @@ class Flow(nn.Module):
 
     # ---------------------------------------------------------------- clouds of the user's, for a learned operator
 
-    def step(self, points: Tensor, tau: float | None = None, weights: dict[str, float] | None = None) -> Tensor:
+    def step(
+        self, points: Tensor, tau: float | None = None, weights: dict[str, float] | None = None,
+        log_density: object = None,
+    ) -> Tensor:  # fmt: skip
         """One step of the learned operator on a cloud (n, d), or on each of many (clouds, n, d), of any n.
 
-        ``tau``, ``weights`` of the energy's terms by their names: where it was trained for several.
+        ``tau``, ``weights`` of the energy's terms by their names: where it was trained for several. ``log_density``:
+        log rho at the points (..., n), or what has ``log_density(x)``; networks that take it know the measure better.
         """
-        return operator.step(self, points, tau, weights)
+        return operator.step(self, points, tau, weights, log_density)
 
     def evolve(self, points: Tensor, n_steps: int, **options) -> operator.Evolution:
         """``n_steps`` steps of the learned operator on a cloud (n, d), with energies and, where given, densities.

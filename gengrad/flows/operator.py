@@ -31,7 +31,8 @@ class OperatorTransport(Transport):
     """x <- T(x; mu_k) = x + tau g(x, context(mu_k)), k = 0 .. K - 1; one network evaluation a step.
 
     Samples of the flow follow ``anchors`` (K, n, d): the measures mu_k as clouds that the operator has moved,
-    the same for all samples, so that sample i does not depend on the batch that it comes in. ``terms``, ``data`` and
+    the same for all samples, so that sample i does not depend on the batch that it comes in; ``known`` (K, n) their log
+    densities, where the network takes them and the source has one. ``terms``, ``data`` and
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``; ``weights`` the range of
     the weight of each term of that name, where it takes others than those of ``terms``.
@@ -42,17 +43,19 @@ class OperatorTransport(Transport):
     def __init__(
         self, network: nn.Module, anchors: Tensor, samples: Tensor, tau: float, terms: list[dict],
         data: dict | None = None, family: dict | None = None, taus: list[float] | None = None,
-        weights: dict[str, list[float]] | None = None,
+        weights: dict[str, list[float]] | None = None, known: Tensor | None = None,
     ):  # fmt: skip
         super().__init__()
         self.network, self.tau, self.terms, self.data = network, tau, terms, data
         self.family, self.taus, self.weights = family, taus, weights
         self.register_buffer("anchors", anchors)
         self.register_buffer("samples", samples)
+        self.register_buffer("known", known)
 
     def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
         for k in range(self.cost(nfe)):
-            x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau, self.told()))
+            known = None if self.known is None else self.known[k].to(x)
+            x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau, self.told(), known))
             yield x
 
     def cost(self, nfe: int | None = None) -> int:
@@ -89,6 +92,8 @@ class OperatorTransport(Transport):
 
     def describe(self) -> dict:
         shapes = {"anchors": list(self.anchors.shape), "samples": list(self.samples.shape)}
+        if self.known is not None:
+            shapes["known"] = list(self.known.shape)
         settings = {name: getattr(self, name) for name in SETTINGS}
         about = {"network": settings_of(self.network), "event_shape": list(self.network.event_shape)}
         return {"kind": self.kind, **about, **shapes, **settings}
@@ -98,7 +103,8 @@ class OperatorTransport(Transport):
         settings = {"kernels": 0, "scaled": False, **description["network"]}  # flows from before there were these
         network = NETWORKS.build(settings, event_shape=tuple(description["event_shape"]))
         empty = [torch.zeros(description[name]) for name in ("anchors", "samples")]
-        return cls(network, *empty, *(description.get(name) for name in SETTINGS))
+        known = torch.zeros(description["known"]) if "known" in description else None
+        return cls(network, *empty, *(description.get(name) for name in SETTINGS), known)
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
@@ -107,13 +113,14 @@ KINDS[OperatorTransport.kind] = OperatorTransport
 @torch.no_grad()
 def push(
     network: nn.Module, x: Tensor, tau: float, log_rho: Tensor | None = None, particles: Tensor | None = None,
-    weights: Sequence[float] = (),
+    weights: Sequence[float] = (), known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(T x, log rho'(T x)) for x (..., n, d), the context that of ``particles`` (default: x itself).
 
     log rho'(T x) = log rho(x) - log det DT(x); NaN where T folds, det DT <= 0. Without ``log_rho`` no determinant.
+    ``known``: log rho at the particles, for networks that take it; where these are x itself, ``log_rho``.
     """
-    context = network.context(x if particles is None else particles, tau, weights)
+    context = network.context(*(x, tau, weights, log_rho) if particles is None else (particles, tau, weights, known))
     if log_rho is None:
         return network(x, context), None
     moved, jacobian = network(x, context, jacobian=True)
@@ -121,12 +128,15 @@ def push(
 
 
 @torch.no_grad()
-def rollout(network: nn.Module, x: Tensor, tau: float, steps: int, weights: Sequence[float] = ()) -> Tensor:
-    """(steps + 1, ..., n, d): the cloud x and what the operator makes of it."""
-    states = [x]
+def rollout(
+    network: nn.Module, x: Tensor, tau: float, steps: int, weights: Sequence[float] = (), log_rho: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The cloud x and what the operator makes of it, (steps + 1, ..., n, d), and log rho there, where it is known."""
+    states = [(x, log_rho)]
     for _ in range(steps):
-        states.append(push(network, states[-1], tau, weights=weights)[0])
-    return torch.stack(states)
+        states.append(push(network, states[-1][0], tau, states[-1][1], weights=weights))
+    points, logs = zip(*states)
+    return torch.stack(points), None if log_rho is None else torch.stack(logs)
 
 
 def energies_of(functional: Functional, x: Tensor, log_rho: Tensor | None) -> Tensor:
@@ -192,13 +202,15 @@ class Evolution:
 
 
 def step(
-    flow: Flow, points: Tensor, tau: float | None = None, weights: Mapping[str, float] | None = None
+    flow: Flow, points: Tensor, tau: float | None = None, weights: Mapping[str, float] | None = None,
+    log_density: object = None,
 ) -> Tensor:  # fmt: skip
     """One step of the flow's operator on a cloud (n, d), or on each of many (clouds, n, d), of any size."""
     transport = operator_of(flow).reweighted(weights)
     tau, x = _tau(transport, tau), _checked(flow, points)
+    network, known = transport.network, _density(flow, points, x, log_density)
     with torch.inference_mode():
-        return _restored(flow, push(transport.network, x, tau, weights=transport.told())[0]).cpu()
+        return _restored(flow, network(x, network.context(x, tau, transport.told(), known))).cpu()
 
 
 def evolve(
@@ -290,14 +302,16 @@ def _restored(flow: Flow, x: Tensor) -> Tensor:
 
 
 def _density(flow: Flow, points: Tensor, x: Tensor, given: object) -> Tensor | None:
-    """log rho (n,) at the points in the network's units, from a tensor or from what has a log density."""
+    """log rho (..., n) at the points in the network's units, from a tensor or from what has a log density."""
     if given is None:
         return None
     value = given.log_density(points) if hasattr(given, "log_density") else given
-    if not isinstance(value, Tensor) or value.shape != points.shape[:1] or not bool(value.isfinite().all()):
+    if not isinstance(value, Tensor) or value.shape != points.shape[:-1] or not bool(value.isfinite().all()):
         found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(f"log_density must be finite and of shape ({len(points)},), one for each point; got {found}")
-    volume = 0.0 if flow.units is None else x.shape[1] * torch.tensor(flow.units[1]).log().item()
+        raise ValueError(
+            f"log_density must be finite and of shape {tuple(points.shape[:-1])}, one for each point; got {found}"
+        )
+    volume = 0.0 if flow.units is None else x.shape[-1] * torch.tensor(flow.units[1]).log().item()
     return value.to(x) + volume
 
 

@@ -34,6 +34,7 @@ from gengrad.functionals.expression import (
 from gengrad.methods.base import Method, Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem
 from gengrad.methods.state_buffer import StateBuffer
+from gengrad.networks.kernels import Marks
 from gengrad.networks.set_operator import FOLD, LARGEST_JACOBIAN, determinant, log_without_folds
 from gengrad.registry import FAMILIES, METHODS, Settings, settings_of
 
@@ -70,6 +71,9 @@ class JKOOperator(Method):
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
         curriculum: float = Field(0.4, ge=0, le=1)  # share of the training over which the horizon grows from 1
         rollout: bool = True  # false: initial measures alone, the ablation of the paper
+        # of the measures, the share that a network that takes log densities is told none of, as of clouds of users
+        untold: float = Field(0.25, gt=0, le=1)
+        independent: float = Field(0.0, ge=0, le=1)  # share of the contexts that are independent points, not even ones
         average: bool = True  # states are moved by the averaged weights; false: by the current ones
         taus: list[float] | None = None  # [least, largest] tau to train for, drawn evenly in the logarithm
         # the same of the weight of the functional's term of that name: one operator for a family of energies
@@ -109,6 +113,8 @@ class JKOOperator(Method):
             found.append(
                 f"method.weights has {count} terms, which the network must be told: network.on_weights={count}"
             )
+        if network["log_density"] and not needs_density(c.functional):
+            found.append("network.log_density=true: the functional is one of particles, whose density nobody carries")
         if network["translation_equivariant"] and not is_translation_invariant(c.functional):
             found.append(
                 "network.translation_equivariant=true: the operator would not see where a measure is, and this "
@@ -151,15 +157,21 @@ def step_loss(
     return torch.stack([jko.objective(*row) for row in rows]).mean() / jko.tau
 
 
-def loss_by_log_det(jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor) -> Tensor:
-    """``step_loss`` through log det DT: for any density, also one that ends at an edge."""
-    y, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True)
+def loss_by_log_det(
+    jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor,
+    known: Tensor | Marks | None = None,
+) -> Tensor:  # fmt: skip
+    """``step_loss`` through log det DT: for any density, also one that ends at an edge. ``known``: log rho of ``seen``,
+
+    for networks that take it.
+    """
+    y, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True, log_density=known)
     return step_loss(jko, x, y, log_rho, log_without_folds(determinant(jacobian)))
 
 
 def loss_by_score(
     jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor, moved: Tensor, det: Tensor,
-    after: Tensor, weight: Tensor,
+    after: Tensor, weight: Tensor, known: Tensor | Marks | None = None,
 ) -> Tensor:  # fmt: skip
     """``step_loss`` with the gradient E <(T x - x) / tau + grad dF/drho'(T x), dT>, internal energies by parts.
 
@@ -169,10 +181,14 @@ def loss_by_score(
     """
     flat = [values.flatten(0, 1) for values in (moved, log_rho - det.log(), after)]
     field = gradient_of(jko.functional, flat[0], Density(flat[1], flat[2])).view_as(x) + (moved - x) / jko.tau
-    slope = (weight * (field * network(x, seen, jko.tau, jko.weights)).sum(-1)).mean()
+    slope = (weight * (field * network(x, seen, jko.tau, jko.weights, log_density=known)).sum(-1)).mean()
     with torch.no_grad():
         value = step_loss(jko, *(taken(values, evened(weight)) for values in (x, moved, log_rho, det.log())))
     return value + slope - slope.detach()
+
+
+def _rows(values: Tensor | Marks | None, which: Tensor) -> Tensor | Marks | None:
+    return values.rows(which) if isinstance(values, Marks) else None if values is None else values[which]
 
 
 def evened(weight: Tensor) -> Tensor:
@@ -192,18 +208,21 @@ def taken(values: Tensor, numbers: Tensor) -> Tensor:
 
 
 def pushed_density(
-    network: nn.Module, x: Tensor, seen: Tensor, jko: JKOProblem, score: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(T x, det DT, grad log rho'(T x)) for x and score (measures, n, d), detached; the context that of ``seen``.
+    network: nn.Module, x: Tensor, seen: Tensor, jko: JKOProblem, score: Tensor,
+    known: Tensor | Marks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(T x, det DT, grad log rho'(T x)) for x and score (measures, n, d), detached; the context that of ``seen``,
+
+    ``known`` (measures, m) its log densities.
 
     log rho'(T x) = log rho(x) - log det DT(x), so that grad log rho'(T x) = DT^{-T} (score - grad log det DT).
     """
     if not bool(score.isfinite().any()):  # no measure is smooth
         with torch.no_grad():
-            moved, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True)
+            moved, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True, log_density=known)
         return moved, determinant(jacobian), score
     with torch.no_grad():
-        context = network.context(seen, jko.tau, jko.weights)
+        context = network.context(seen, jko.tau, jko.weights, known)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         moved, jacobian = network(leaf, context, jacobian=True)
@@ -247,29 +266,44 @@ class OperatorStage(Stage):
         *batch, ages = self._batch(part, generator)
         jko, network = self._problem(generator), networks["operator"]
         seen, (x, log_rho, score, weight) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
+        known = self._known(batch[1], self._told(part.size, generator)[part.rows()])
         if not jko.needs_density:
             loss = step_loss(jko, x, network(x, seen, jko.tau, jko.weights))
         elif has_pairs(jko.functional):
-            loss = loss_by_log_det(jko, network, x, seen, log_rho)
+            loss = loss_by_log_det(jko, network, x, seen, log_rho, known)
         else:
-            loss = self._mixed(jko, network, x, seen, log_rho, score, weight)
+            loss = self._mixed(jko, network, x, seen, log_rho, score, weight, known)
         dropped = self.states.dropped / max(self.states.advanced, 1)
         return loss, {"age": float(ages.float().mean()), "horizon": self._horizon(part.step), "dropped": dropped}
 
     def _mixed(self, jko: JKOProblem, network: nn.Module, *batch: Tensor) -> Tensor:
         """The loss by scores where measures have one, and by log det for the others, each by its share."""
-        x, seen, log_rho, score, weight = batch
-        moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score)
+        x, seen, log_rho, score, weight, known = batch
+        if known is not None:
+            known = network.marks(seen, jko.tau, known)
+        moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score, known)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
         if smooth.any():
-            given = (values[smooth] for values in (x, seen, log_rho, moved, det, after, weight))
+            given = (_rows(values, smooth) for values in (x, seen, log_rho, moved, det, after, weight, known))
             total = total + smooth.double().mean().float() * loss_by_score(jko, network, *given)
         if not smooth.all():
             # where a map folds far out, those few particles are what it is to learn: none weighs less there
-            given = (values[~smooth] for values in (x, seen, log_rho))
+            given = (_rows(values, ~smooth) for values in (x, seen, log_rho, known))
             total = total + (~smooth).double().mean().float() * loss_by_log_det(jko, network, *given)
         return total
+
+    def _told(self, count: int, generator: torch.Generator) -> Tensor:
+        """Which of so many measures (count, 1) the network is told the log densities of."""
+        if not self.networks["operator"].config.log_density:
+            return torch.zeros(count, 1, dtype=torch.bool)
+        return torch.rand(count, 1, generator=generator) >= self.config.untold
+
+    def _known(self, log_rho: Tensor, told: Tensor) -> Tensor | None:
+        """log rho at the context's particles of the ``told`` measures, NaN for others; None where none is taken."""
+        if not self.networks["operator"].config.log_density:
+            return None
+        return torch.where(told.to(log_rho.device), log_rho[:, : self.seen], math.nan)
 
     def _batch(self, part: Part, generator: torch.Generator) -> list[Tensor]:
         """Clouds, log densities, scores, weights and ages: this process's rows of the batch, fresh measures first."""
@@ -285,12 +319,14 @@ class OperatorStage(Stage):
         """Fresh measures; what every particle meets every other in takes them as they are, without weights."""
         weighed = self.functional.needs_density and not has_pairs(self.functional)
         tails = self.config.tails if weighed else 1.0
-        return clouds(self.config.initial, count, self.size, self.d, generator, first=self.seen, tails=tails)
+        given = {"first": self.seen, "tails": tails, "independent": self.config.independent}
+        return clouds(self.config.initial, count, self.size, self.d, generator, **given)
 
     def _advance(self, part: Part) -> None:
         network = self.averages.get("operator") if self.config.average else None
         network = network or self.networks["operator"]
-        jko = self._problem(generator_for(self.problem.seed, "operator/tau", part.step))
+        generator = generator_for(self.problem.seed, "operator/tau", part.step)
+        jko = self._problem(generator)
         device = self.problem.device
 
         def move(*state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,11 +334,14 @@ class OperatorStage(Stage):
             if not self.functional.needs_density:
                 y = push(network, x, jko.tau, particles=seen, weights=jko.weights)[0]
                 return y.cpu(), state[1], state[2]
-            ahead = push(network, seen, jko.tau, weights=jko.weights)[0]  # whose densities nobody asks for
+            known = self._known(state[1].to(device), self._told(len(x), generator))
+            own = None if known is None else state[1][:, : self.seen].to(device)  # else nobody asks for densities there
+            ahead, carried = push(network, seen, jko.tau, own, seen, jko.weights, known)
             x, log_rho, score = (values[:, self.seen :].to(device) for values in state)
-            y, det, after = pushed_density(network, x, seen, jko, score)
+            y, det, after = pushed_density(network, x, seen, jko, score, known)
             # a fold has a NaN, so that the state is dropped
-            both = (ahead, y), (state[1][:, : self.seen], log_rho - det.log()), (state[2][:, : self.seen], after)
+            carried = state[1][:, : self.seen] if carried is None else carried
+            both = (ahead, y), (carried, log_rho - det.log()), (state[2][:, : self.seen], after)
             return tuple(torch.cat([half.cpu() for half in halves], 1) for halves in both)
 
         count = max(1, self.config.buffer // 4)
@@ -346,9 +385,15 @@ class OperatorStage(Stage):
         """The operator, with the source's cloud moved by it as the anchors of samples."""
         c, p, network = self.config, self.problem, networks["operator"]
         x = standing_for(p.source, c.anchors, p.seed, "operator/anchors")
-        anchors = rollout(network, x.float().to(p.device), c.tau, c.jko_steps, told(c.functional, c.weights))[:-1]
+        known = None
+        if network.config.log_density and hasattr(p.source, "log_density"):
+            known = p.source.log_density(x).float().to(p.device)
+        weights = told(c.functional, c.weights)
+        anchors, known = rollout(network, x.float().to(p.device), c.tau, c.jko_steps, weights, known)
         fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
         data = settings_of(p.target) if takes(c.functional, "density") else None
         samples = self.samples.to(p.device)
-        return OperatorTransport(network, anchors, samples, c.tau, c.functional, data, family, c.taus, c.weights)
+        known = None if known is None else known[:-1]
+        settings = (c.tau, c.functional, data, family, c.taus, c.weights, known)
+        return OperatorTransport(network, anchors[:-1], samples, *settings)

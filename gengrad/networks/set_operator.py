@@ -10,12 +10,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gengrad.networks.kernels import smoothed
+from gengrad.networks.kernels import Marks, smoothed
+from gengrad.networks.local_fit import fitted
 from gengrad.networks.mlp import perceptron
 from gengrad.registry import NETWORKS, Configured, Settings
 
 LARGEST_JACOBIAN = 3  # dimensions up to which log det DT is written out
 SHORT = 0.25  # of sqrt(tau), what a step of an entropy makes of a point: no cloud counts as narrower than that
+FITTED = 2.0  # of a kernel's width, that of the kernel by which a log density is fitted around each particle
+WIDEST = 0.5  # of the cloud's scale, at most the unit of what is fitted; below, sqrt(2 tau)
 FOLD = 0.05  # det DT below which log det is continued by its tangent, down through zero
 
 
@@ -24,9 +27,10 @@ class Context:
     """What a map knows of a measure; leading dimensions (...) are those of the clouds, none or (sets,).
 
     ``mean`` (..., 1, d), ``scale`` (..., 1, 1): of the cloud; ``known`` (..., 1, f): its moments and, where asked for,
-    log tau and the logarithms of the energy's weights; ``away`` (..., N, d): the particles, shifted and scaled by mean
-    and scale; ``keys``, ``values`` (..., heads, tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d),
-    ``ascent`` (..., 1, kernels): coefficients.
+    log tau, the logarithms of the energy's weights and whether its log density is known; ``away`` (..., N, d): the
+    particles, shifted and scaled by mean and scale, ``marks`` what they know of the log density; ``keys``, ``values``
+    (..., heads, tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d), ``ascent`` (..., 1, kernels, or
+    twice as many with marks): coefficients.
     """
 
     mean: Tensor
@@ -39,6 +43,7 @@ class Context:
     shift: Tensor
     ascent: Tensor
     tau: float
+    marks: Marks | None = None
 
 
 class Attention(nn.Module):
@@ -111,8 +116,10 @@ class SetOperator(nn.Module, Configured):
     map and the last perceptron are sums of two, one of them in units of 1 / scale of the cloud. Equivariant under
     permutations of the cloud, unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context
     takes log tau too, so that one network serves many tau; ``on_weights``: so many weights of the energy, by their
-    logarithms; ``translation_equivariant``: T(x + a; mu shifted by a) = T(x; mu) + a. Differentiable in its weights,
-    and once in x; not in the cloud where ``kernels`` see it.
+    logarithms; ``log_density``: it takes log rho at the particles, if that is known, and sees at x the scores and
+    Hessians that are ``fitted`` to it, over the same widths as the density; ``translation_equivariant``: T(x + a; mu
+    shifted by a) = T(x; mu) + a. Differentiable in its weights, and once in x; not in the cloud where ``kernels`` see
+    it.
     """
 
     learns = "operator"
@@ -126,6 +133,7 @@ class SetOperator(nn.Module, Configured):
         on_tau: bool = False
         on_weights: int = Field(0, ge=0)
         kernels: int = Field(4, ge=0, le=8)  # widths sqrt(8 tau) / 2^k at which a point sees the density around it
+        log_density: bool = False  # sees log rho at the particles of the cloud too, where it is given
         translation_equivariant: bool = False  # blind to where the cloud is: for energies that are the same everywhere
         scaled: bool = True  # g has parts in units of 1 / scale too, as the velocity of an internal energy has
 
@@ -133,6 +141,8 @@ class SetOperator(nn.Module, Configured):
         def _divides(self):
             if self.width % self.heads:
                 raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
+            if self.log_density and not self.kernels:
+                raise ValueError("log_density is seen through kernels; kernels=0 leaves none")
             return self
 
     def __init__(self, config: Settings | None = None, *, event_shape: tuple[int, ...], **settings):
@@ -143,23 +153,30 @@ class SetOperator(nn.Module, Configured):
         self.event_shape, (self.d,) = tuple(event_shape), event_shape
         c, d, parts = self.config, self.d, 1 + self.config.scaled
         self.located = 0 if c.translation_equivariant else d  # coordinates that say where: of x, and of the mean
-        known = self.located + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights
-        self.particle = perceptron(self.located + d + known, c.width, 1, c.width, "silu")
+        marks = d * (d + 3) // 2 if c.log_density else 0  # of a particle: its score, half of its Hessian
+        known = self.located + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights + c.log_density
+        vectors = c.kernels * (1 + c.log_density)  # at each point
+        self.local = c.kernels * (1 + d + marks)
+        self.particle = perceptron(self.located + d + known + c.kernels * marks, c.width, 1, c.width, "silu")
         self.induced = nn.Parameter(torch.randn(c.blocks + 1, c.tokens, c.width))
         self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
         self.scatter = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks))
-        self.affine = nn.Linear(c.width, parts * d * (d + 1) + c.kernels)
-        self.point = perceptron(self.located + d + known + c.kernels * (d + 1), c.width, 1, c.width, "silu")
+        self.affine = nn.Linear(c.width, parts * d * (d + 1) + vectors)
+        self.point = perceptron(self.located + d + known + self.local, c.width, 1, c.width, "silu")
         self.ask = Attention(c.width, c.heads)
         self.head = perceptron(c.width, c.width, c.depth, parts * d, "silu")
         with torch.no_grad():
             for parameter in (*self.affine.parameters(), *self.head[-1].parameters()):
                 parameter.zero_()
 
-    def context(self, particles: Tensor, tau: float, weights: Sequence[float] = ()) -> Context:
+    def context(
+        self, particles: Tensor, tau: float, weights: Sequence[float] = (), log_density: Tensor | Marks | None = None
+    ) -> Context:
         """The context of clouds (..., N, d) for a step of length ``tau`` of an energy with these ``weights``.
 
-        Raises ``ValueError`` where tau is none, and for another number of weights than ``on_weights``.
+        ``log_density`` (..., N): log rho at the particles, NaN where it is not known, or the ``marks`` of it, for
+        networks that take it; others ignore it. Raises ``ValueError`` where tau is none, or for other weights than so
+        many as ``on_weights``.
         """
         if tau is None or not 0 < tau < math.inf:
             raise ValueError(f"a step of an operator has a length tau > 0; got {tau}")
@@ -167,45 +184,60 @@ class SetOperator(nn.Module, Configured):
             raise ValueError(
                 f"this operator is told {self.config.on_weights} weights of the energy; got {len(weights)}"
             )
-        mean = particles.mean(-2, keepdim=True)
-        away = particles - mean
-        scale = away.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
-        away = away / scale
+        mean, scale = _moments(particles)
+        away = (particles - mean) / scale
         rows, columns = torch.triu_indices(self.d, self.d)
         covariance = (away.mT @ away / away.shape[-2])[..., rows, columns].unsqueeze(-2)
         known = [mean[..., : self.located], scale.log(), covariance]
         if self.config.on_tau:
             known.append(torch.full_like(scale, math.log(tau)))
         known += [torch.full_like(scale, math.log(weight)) for weight in weights]
+        marks, own = None, []
+        if self.config.log_density:
+            marks = log_density if isinstance(log_density, Marks) else self.marks(particles, tau, log_density)
+            own.append(marks.at(away))
+            known.append(marks.told)
         known = torch.cat(known, -1)
-        h = self.particle(self._beside(particles, away, known))
+        h = self.particle(self._beside(particles, away, known, *own))
         for level, gather in enumerate(self.gather):
             tokens = gather(self.induced[level].expand(*h.shape[:-2], -1, -1), *gather.seen(h))
             if level < len(self.scatter):
                 h = self.scatter[level](h, *self.scatter[level].seen(tokens))
         coefficients = self.affine(tokens.mean(-2))
-        cut = coefficients.shape[-1] - self.config.kernels
+        cut = coefficients.shape[-1] - self.config.kernels * (1 + self.config.log_density)
         affine, ascent = self._whole(coefficients[..., :cut], scale[..., 0], tau), coefficients[..., None, cut:]
         affine = affine.unflatten(-1, (self.d, self.d + 1))
         linear, shift = affine[..., : self.d], affine[..., None, :, self.d]
-        return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau)
+        return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau, marks)
+
+    def marks(self, particles: Tensor, tau: float, log_density: Tensor | None) -> Marks:
+        """What the particles (..., N, d) know of log rho (..., N): no weight is in it, so it need be found but once."""
+        mean, scale = _moments(particles)
+        if log_density is None:
+            log_density = torch.full_like(particles[..., 0], math.nan)
+        unit = (math.sqrt(2 * tau) / scale).clamp_max(WIDEST)
+        widest = FITTED * self._widest(tau, scale)
+        return fitted((particles - mean) / scale, log_density, widest, self.config.kernels, unit)
 
     def forward(
         self, x: Tensor, measure: Context | Tensor, tau: float | None = None, weights: Sequence[float] = (),
-        jacobian: bool = False,
+        jacobian: bool = False, log_density: Tensor | Marks | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """T(x; mu), like x (..., n, d); with ``jacobian`` also DT (..., n, d, d). ``measure``: mu as a context, or as
 
-        a cloud (..., N, d) with ``tau`` and ``weights``. DT comes of d forward-mode derivatives with the context held
+        a cloud (..., N, d) with what ``context`` takes. DT comes of d forward-mode derivatives with the context held
         fixed; raises ``ValueError`` above d = 3, where its determinant is not written out.
         """
-        context = measure if isinstance(measure, Context) else self.context(measure, tau, weights)
+        context = measure if isinstance(measure, Context) else self.context(measure, tau, weights, log_density)
         return self._jacobian(x, context) if jacobian else self._moved(x, context)
 
     def _density(self, away: Tensor, context: Context, along: Tensor | None = None) -> tuple:
         """``smoothed`` in the cloud's scale, from twice the width by which the heat flow smooths in a time tau."""
-        widest = math.sqrt(8 * context.tau) / context.scale
-        return smoothed(away, context.away, widest, self.config.kernels, along)
+        widest = self._widest(context.tau, context.scale)
+        return smoothed(away, context.away, widest, self.config.kernels, along, context.marks)
+
+    def _widest(self, tau: float, scale: Tensor) -> Tensor:
+        return math.sqrt(8 * tau) / scale
 
     def _moved(self, x: Tensor, context: Context) -> Tensor:
         c = context
@@ -229,7 +261,7 @@ class SetOperator(nn.Module, Configured):
             logs, slopes, rises, turns = self._density(away, c, along / c.scale)
             local, pushed = [logs, slopes.flatten(-2)], (c.ascent[..., None, :] @ slopes)[..., 0, :]
             turned = (c.ascent[..., None, :] @ turns)[..., 0, :]
-            v = v + torch.cat([rises, turns.flatten(-2)], -1) @ weight[:, -self.config.kernels * (d + 1) :].mT
+            v = v + torch.cat([rises, turns.flatten(-2)], -1) @ weight[:, -self.local :].mT
         h = self.point[0](self._beside(x, away, c.known, *local))
         h, v = dual(self.point[1:], h, v.expand(d, *h.shape))
         h, v = dual(self.head, *self.ask.dual(h, v, c.keys, c.values))
@@ -247,6 +279,12 @@ class SetOperator(nn.Module, Configured):
 
     def _beside(self, x: Tensor, away: Tensor, known: Tensor, *local: Tensor) -> Tensor:
         return torch.cat([x[..., : self.located], away, known.expand(*x.shape[:-1], -1), *local], -1)
+
+
+def _moments(particles: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (..., 1, d) and scale (..., 1, 1) of clouds (..., N, d): the root of the mean variance of a coordinate."""
+    mean = particles.mean(-2, keepdim=True)
+    return mean, (particles - mean).square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
 
 
 def determinant(jacobian: Tensor) -> Tensor:

@@ -212,3 +212,20 @@ def test_a_family_that_cannot_be_is_refused(given, says):
 def test_round_families_are_refused_above_three_dimensions(name):
     with pytest.raises(ValueError, match="d <= 3"):
         clouds([{"name": name}], 1, 8, 4, generator())
+
+
+def test_a_share_of_the_contexts_are_independent_points():
+    """Even clouds of the line are quantiles of their measure; between independent points there are gaps and clumps."""
+    families = read_families(["gaussians"])
+    even, mixed = (clouds(families, 64, 96, 1, generator(1), first=64, independent=share) for share in (0.0, 0.5))
+    clumps = [x[:, :64, 0].sort(1).values.diff(dim=1).clamp_min(1e-12).log().amin(1) for x, *_ in (even, mixed)]
+    assert 0.3 < float((clumps[1] < clumps[0].min() - 0.5).float().mean()) < 0.7
+    x, log_rho, score, _ = mixed
+    slope = (log_rho[:, 1:64] - log_rho[:, :63]) / (
+        x[:, 1:64, 0] - x[:, :63, 0]
+    )  # of a quadratic, the mean of the ends
+    apart = (x[:, 1:64, 0] - x[:, :63, 0]).abs() > 0.1
+    assert torch.allclose(slope[apart], (score[:, 1:64, 0] + score[:, :63, 0])[apart] / 2, rtol=1e-2, atol=1e-2)
+    boxes = read_families(["boxes"])  # have no score that could be told
+    only, same = (clouds(boxes, 8, 96, 1, generator(1), first=64, independent=share)[0] for share in (1.0, 0.0))
+    assert torch.equal(only, same)

@@ -28,7 +28,7 @@ def operator_flow(d=2, terms="entropy", **changes) -> Flow:
         network.affine.bias[: d * (d + 1)].copy_(affine.flatten())
     source = Gaussian(mean=[0.0] * d)
     x = torch.randn(64, d, generator=torch.Generator().manual_seed(0))
-    anchors = rollout(network, x, TAU, 3)[:-1]
+    anchors = rollout(network, x, TAU, 3)[0][:-1]
     made = OperatorTransport(network, anchors, torch.empty(0, d), TAU, read_expression(terms), **changes)
     return Flow(source, [made])
 
@@ -237,6 +237,62 @@ def test_the_command_takes_other_steps_and_weights_where_they_were_trained(tmp_p
     assert float(found.energies[0]) == pytest.approx(2 * float(flow.evolve(x, 2).energies[0]))
 
 
+def test_the_command_takes_the_log_density_of_the_points(tmp_path, capsys):
+    flow, x = operator_flow(), cloud(40)
+    flow.save(tmp_path / "run")
+    known = flow.source.log_density(x)
+    np.save(tmp_path / "points.npy", x.numpy()), np.save(tmp_path / "logs.npy", known.double().numpy())
+    command = ["sample", str(tmp_path / "run"), "--source", str(tmp_path / "points.npy"), "--steps", "2"]
+    assert main(command) == 0 and "energies: not known" in capsys.readouterr().out
+    assert main([*command, "--log-density", str(tmp_path / "logs.npy")]) == 0
+    found = flow.evolve(x, 2, log_density=known)
+    assert f"energy: {float(found.energies[0]):.6g} to {float(found.energies[-1]):.6g}" in capsys.readouterr().out
+
+
+def told_flow() -> Flow:
+    """One whose network takes log densities, its anchors moved with theirs."""
+    flow = operator_flow()
+    network = SetOperator(event_shape=(2,), width=8, tokens=2, heads=2, blocks=1, log_density=True)
+    with torch.no_grad():
+        network.affine.bias.normal_(0, 0.1), network.affine.weight.normal_(0, 0.1)
+    x = cloud(64)
+    anchors, known = rollout(network, x, TAU, 3, (), flow.source.log_density(x))
+    assert known.shape == (4, 64) and known.isfinite().all()
+    transport = flow.transports[0]
+    made = OperatorTransport(network, anchors[:-1], transport.samples, TAU, transport.terms, known=known[:-1])
+    return Flow(flow.source, [made])
+
+
+def test_a_network_that_takes_log_densities_is_told_them_in_every_step(tmp_path):
+    flow, x = told_flow(), cloud()
+    network, known = flow.transports[0].network, flow.source.log_density(x)
+    with torch.no_grad():
+        one = network(x, x, TAU, log_density=known)
+    assert torch.allclose(flow.step(x, log_density=known), one, atol=1e-6)
+    assert torch.allclose(flow.step(x, log_density=flow.source), one, atol=1e-6)
+    assert (flow.step(x) - one).abs().max() > 1e-3  # by the points alone it goes elsewhere
+    both = torch.stack([x, 2 * x])
+    logs = torch.stack([known, known - 2 * math.log(2)])
+    assert torch.allclose(flow.step(both, log_density=logs)[0], one, atol=1e-6)
+    way = flow.evolve(x, 2, log_density=known)
+    with torch.no_grad():
+        assert torch.allclose(way.x, network(one, one, TAU, log_density=way.log_density[1]), atol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \(2, 200\)"):
+        flow.step(both, log_density=known)
+
+
+def test_its_samples_follow_anchors_that_are_told_theirs(tmp_path):
+    flow = told_flow()
+    flow.save(tmp_path / "run")
+    again = gengrad.load(tmp_path / "run")
+    assert torch.equal(again.transports[0].known, flow.transports[0].known)
+    assert torch.equal(again.sample(20, seed=1), flow.sample(20, seed=1))
+    flow.transports[0].known = None  # as of a source without a density
+    assert (flow.sample(20, seed=1) - again.sample(20, seed=1)).abs().max() > 1e-4
+    flow.save(tmp_path / "other")
+    assert gengrad.load(tmp_path / "other").transports[0].known is None
+
+
 COMMANDS = {
     "weights of samples": (["--n", "5", "--weights", "potential=2"], "--weights are those of an operator's energy"),
     "the length of steps of samples": (["--n", "5", "--tau", "0.2"], "an operator takes it with --source"),
@@ -246,7 +302,12 @@ COMMANDS = {
     ),
     "no file": (["--source", "none.npy", "--steps", "2"], "no such file"),
     "a text": (["--source", "text.npy", "--steps", "2"], "is no .npy file of numbers"),
-    "a table": (["--source", "points.csv", "--steps", "2"], "a .npy file of points"),
+    "a table": (["--source", "points.csv", "--steps", "2"], "a .npy file of shape (n, d)"),
+    "densities of samples": (["--n", "5", "--log-density", "logs.npy"], "--log-density is that of points"),
+    "densities of a table": (["--source", "points.npy", "--steps", "2", "--log-density", "points.npy"],
+                             "--log-density points.npy: numbers of shape (n,) are wanted; found float64 of (2, 2)"),
+    "densities of other points": (["--source", "points.npy", "--steps", "2", "--log-density", "line.npy"],
+                                  "log_density must be finite and of shape (2,), one for each point; got (5,)"),
     "a line of numbers": (["--source", "line.npy", "--steps", "2"], "shape (n, d) are wanted"),
     "words": (["--source", "words.npy", "--steps", "2"], "numbers of shape"),
     "another dimension": (["--source", "space.npy", "--steps", "2"], "shape (n, 2); got (5, 3)"),

@@ -54,12 +54,13 @@ def written(tmp_path, raw):
     return path
 
 
-def stage(d=1, functional="entropy", steps=100, size=8, **method):
+def stage(d=1, functional="entropy", steps=100, size=8, log_density=False, **method):
     data = DATASETS.build({"name": "space", "dimension": d})
     source = Gaussian(mean=[0.0] * d)
     method = JKOOperator(functional=functional, particles=32, buffer=16, **method)
     torch.manual_seed(0)
-    network = lambda: SetOperator(event_shape=(d,), width=8, tokens=2, heads=2, blocks=1)  # noqa: E731
+    settings = {"width": 8, "tokens": 2, "heads": 2, "blocks": 1, "log_density": log_density}
+    network = lambda: SetOperator(event_shape=(d,), **settings)  # noqa: E731
     problem = Problem(source, data, network, seed=0, steps=steps, batch_size=size, device=torch.device("cpu"))
     return OperatorStage(problem, method.config)
 
@@ -225,11 +226,41 @@ def test_states_are_moved_by_the_averaged_network_unless_the_current_one_is_aske
         assert torch.allclose(shift, torch.full_like(shift, 0.3 if average else 0.0), atol=1e-5)
 
 
-def test_the_objective_of_the_share_of_two_processes_is_that_of_one():
-    training = stage()
+@pytest.mark.parametrize("settings", [{}, {"log_density": True, "untold": 0.5, "independent": 0.5}])
+def test_the_objective_of_the_share_of_two_processes_is_that_of_one(settings):
+    training = stage(**settings)
     parts = [training.objective(training.networks, Part(3, 8, rank, 2), generator_for(0, "t", 3))[0] for rank in (0, 1)]
     whole = training.objective(training.networks, Part(3, 8), generator_for(0, "t", 3))[0]
     assert float(sum(parts).detach()) / 2 == pytest.approx(float(whole.detach()), rel=1e-5)
+
+
+def test_a_share_of_the_measures_is_told_to_a_network_that_takes_log_densities():
+    training, asked = stage(log_density=True, untold=0.25), []
+    network = training.networks["operator"]
+
+    def heard(module, given, named):
+        asked.extend([named["log_density"]] if "log_density" in named else [])
+
+    network.register_forward_pre_hook(heard, with_kwargs=True)
+    for step in range(40):
+        training.objective(training.networks, Part(step, 8), generator_for(0, "test", step))
+    told = torch.cat([marks.told.flatten() for marks in asked])
+    assert 0.65 < float(told.mean()) < 0.85 and set(told.tolist()) == {0.0, 1.0}
+    training = stage()  # others are told nothing
+    assert training._known(torch.zeros(8, 64), training._told(8, generator_for(0, "test"))) is None
+
+
+def test_the_context_of_a_network_that_takes_log_densities_carries_its_own():
+    """T(x) = x + tau (b + 2 (x - mean) / scale): log rho falls by log(1 + 2 tau / scale) at every particle."""
+    training = stage(log_density=True, jko_steps=5, curriculum=0.0, tau=0.1)
+    training.states.share.fill_(1.0)
+    with torch.no_grad():
+        training.networks["operator"].affine.bias[0] = 2.0
+    before, seen = training.states.log_rho.clone(), training.states.x[:4, :32].clone()
+    training.objective(training.networks, Part(8, 8), generator_for(0, "test"))
+    scale = seen.var((1, 2), correction=0).sqrt()
+    fall = before[:4] - training.states.log_rho[:4]
+    assert torch.allclose(fall, (1 + 0.2 / scale).log()[:, None].expand(4, 64), atol=1e-5)
 
 
 def test_training_comes_near_the_exact_steps_of_heat(tmp_path):
@@ -299,7 +330,12 @@ def test_weights_that_cannot_be_are_refused(name, tmp_path, capsys):
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.optimizer": "soap"}, SEVERAL], ids=["adamw", "soap", "weights"])
+TOLD = {"network.log_density": True, "method.independent": 0.3}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"train.optimizer": "soap"}, SEVERAL, TOLD], ids=["adamw", "soap", "weights", "densities"]
+)
 def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_its_buffer(changes, tmp_path, monkeypatch):
     whole = trained(tmp_path, monkeypatch, "whole", **changes)
     cut = trained(tmp_path, monkeypatch, "cut", stop=21, **changes)

@@ -1,0 +1,213 @@
+"""Log densities that are known at the points of a cloud: what is fitted to them, and what a network sees of them."""
+
+import math
+
+import pytest
+import torch
+
+from gengrad.data.family_members import GaussianMembers
+from gengrad.kernel_moments import TILE, KernelMoments
+from gengrad.networks.kernels import RARE, Marks, smoothed, whole
+from gengrad.networks.local_fit import fitted
+from gengrad.networks.set_operator import SetOperator, determinant
+
+SMALL = {"width": 16, "tokens": 4, "heads": 2, "log_density": True}
+
+
+def cloud(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def width(h, *shape):
+    return torch.full((*shape, 1, 1), h, dtype=torch.float64)
+
+
+def mixture(n, d=2):
+    """Two Gaussians as n independent points, log rho and the score there."""
+    means = torch.tensor([[[-1.0, 0.3, 0.0][:d], [1.0, -0.2, 0.4][:d]]], dtype=torch.float64)
+    factors = 0.6 * torch.eye(d, dtype=torch.float64).expand(1, 2, d, d)
+    law = GaussianMembers(means, factors, torch.tensor([[0.4, 0.6]], dtype=torch.float64))
+    x = law.push(torch.rand(1, n, d + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    return x[0], law.log_density(x)[0], law.score(x)[0]
+
+
+def fit(x, log_rho, h, levels=1):
+    return fitted(x, log_rho, h, levels, h)
+
+
+def operator(d=2, **settings):
+    torch.manual_seed(0)
+    network = SetOperator(event_shape=(d,), **(SMALL | settings)).double()
+    torch.nn.init.normal_(network.affine.weight, std=0.3)
+    torch.nn.init.normal_(network.head[-1].weight, std=0.3)
+    return network
+
+
+# ---------------------------------------------------------------- the fit
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_of_a_gaussian_the_fit_is_its_score_and_its_hessian(d):
+    """log rho is a quadratic: nothing is left out, wherever the points lie."""
+    a, x = torch.eye(d, dtype=torch.float64) + 0.3, 0.7 * cloud(300, d) + 2.0
+    log_rho = -(x @ a * x).sum(-1) / 2 + x.sum(-1) + 5.0
+    found = fit(x, log_rho, width(0.5))
+    rows, columns = torch.triu_indices(d, d)
+    truth = torch.cat([0.5 * (1 - x @ a), -0.25 * a[rows, columns].expand(len(x), -1)], -1)
+    near = (x - 2.0).norm(dim=-1) < 1.4  # the price of bends counts where there are few neighbours
+    assert (found.at(x) - truth)[near].abs().max() < 0.01 * truth.abs().max()
+
+
+def test_independent_points_that_know_their_density_know_its_score():
+    """A kernel estimate of the same points is seven times as far off: their noise is not in what they know."""
+    x, log_rho, score = mixture(512)
+    found = fit(x, log_rho, width(0.25)).at(x)[:, :2] / 0.25
+    kernel = smoothed(x, x, width(0.25), 1)[1][:, 0] / 0.25
+    off = [float(((v - score).square().sum(-1).mean() / score.square().sum(-1).mean()).sqrt()) for v in (found, kernel)]
+    assert off[0] < 0.09 and off[1] > 6 * off[0]
+
+
+def test_points_whose_density_is_not_known_are_left_out():
+    x, log_rho, score = mixture(512)
+    log_rho[::2] = math.nan
+    log_rho[1] = math.inf
+    found, without = fit(x, log_rho, width(0.4)), fit(x[3::2], log_rho[3::2], width(0.4))
+    assert torch.allclose(found.columns[:, 3::2], without.columns, atol=1e-6)
+    off = (found.at(x)[::2, :2] / 0.4 - score[::2]).square().sum(-1).mean() / score.square().sum(-1).mean()
+    assert off.sqrt() < 0.25  # also at the points themselves
+
+
+def test_where_nothing_is_known_marks_are_zero():
+    x = cloud(3, 20, 2)
+    assert not fit(x, torch.full((3, 20), math.nan), width(0.4, 3)).columns.any()
+
+
+@pytest.mark.parametrize("tile", [1, 7, 150, 10**6])
+def test_the_fit_is_the_same_in_tiles_for_batches_repetition_and_shifts(tile, monkeypatch):
+    x, log_rho = cloud(3, 30, 2), cloud(3, 30, seed=2)
+    whole_ = fit(x, log_rho, width(0.6, 3))
+    monkeypatch.setitem(TILE, "cpu", tile)
+    assert torch.allclose(fit(x, log_rho, width(0.6, 3)).columns, whole_.columns, atol=1e-9)
+    assert torch.allclose(fit(x[1], log_rho[1], width(0.6)).columns, whole_.columns[:, 1], atol=1e-9)
+    twice = fit(torch.cat([x, x], 1), torch.cat([log_rho, log_rho], 1), width(0.6, 3))
+    assert torch.allclose(twice.columns[:, :, :30], whole_.columns, atol=1e-9)
+    assert torch.allclose(fit(x + 3, log_rho - 7, width(0.6, 3)).at(x + 3), whole_.at(x), atol=1e-7)
+
+
+def test_each_width_has_a_fit_of_its_own():
+    x, log_rho, _ = mixture(200)
+    several = fit(x, log_rho, width(0.8), 3)
+    for level, h in enumerate((0.8, 0.4, 0.2)):
+        alone = fitted(x, log_rho, width(h), 1, width(0.8))
+        assert torch.allclose(several.columns[level], alone.columns[0], atol=1e-9)
+        assert torch.allclose(several.at(x)[:, 5 * level : 5 * level + 5], alone.at(x), atol=1e-9)
+
+
+def test_clouds_of_single_precision_are_fitted_as_well():
+    x, log_rho, _ = mixture(400)
+    one = fit(x.float(), log_rho.float(), width(0.3).float())
+    assert one.columns.dtype == torch.float32
+    assert torch.allclose(one.at(x.float()).double(), fit(x, log_rho, width(0.3)).at(x), atol=2e-3)
+
+
+# ---------------------------------------------------------------- what a point sees of it
+
+
+def test_kernel_moments_of_marks_are_sums_and_have_the_gradient_of_the_points():
+    particles, marks = cloud(2, 12, 2, seed=2), cloud(2, 12, 3, seed=3)
+    h = torch.tensor([0.7, 0.4], dtype=torch.float64).view(2, 1, 1)
+    x = cloud(2, 5, 2).requires_grad_()
+    found = KernelMoments.apply(x, particles, h, 2, 2, marks)
+    for level in range(2):
+        kernel = (-torch.cdist(x, particles).square() / (2 * (h / 2**level) ** 2)).exp() / 12
+        by_hand = (marks[..., None] * particles[..., None, :]).flatten(-2)
+        assert torch.allclose(found[level][..., 7:10], kernel @ marks, atol=1e-12)  # after 1, s, s s'
+        assert torch.allclose(found[level][..., 10:], kernel @ by_hand, atol=1e-12)
+        assert torch.allclose(found[level][..., :1], kernel.sum(-1, keepdim=True), atol=1e-12)
+    for degree in (1, 2):
+        assert torch.autograd.gradcheck(lambda z, k=degree: KernelMoments.apply(z, particles, h, 2, k, marks), x)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_a_point_sees_the_mean_line_of_the_particles_around_it(d):
+    x, particles, along = cloud(4, d), cloud(25, d, seed=2), torch.eye(d, dtype=torch.float64)[:, None]
+    columns = cloud(2, 25, d * (d + 3) // 2, seed=3)  # others at each level
+    marks, m = Marks(columns, width(0.7), torch.ones(1, 1)), d * (d + 1) // 2
+    scalars, vectors, rises, turns = smoothed(x, particles, width(1.0), 2, along, marks)
+    plain = smoothed(x, particles, width(1.0), 2, along)
+    assert torch.allclose(scalars[:, :2], plain[0], atol=1e-14) and torch.allclose(vectors[:, :2], plain[1], atol=1e-14)
+    for level, h in enumerate((1.0, 0.5)):
+
+        def line(z, h=h, own=columns[level]):
+            kernel = (-(z - particles).square().sum(-1) / (2 * h * h)).exp()
+            mean = (kernel[:, None] * own).mean(0) / (kernel.mean() + RARE)
+            return torch.cat([0.7 * (mean[:d] + whole(mean[d:], d) @ z), 0.49 * mean[d:]])
+
+        for i, point in enumerate(x):
+            value, slope = line(point), torch.autograd.functional.jacobian(line, point)
+            bends = slice(2 + level * m, 2 + (level + 1) * m)
+            assert torch.allclose(vectors[i, 2 + level], value[:d], atol=1e-12)
+            assert torch.allclose(scalars[i, bends], value[d:], atol=1e-12)
+            assert torch.allclose(turns[:, i, 2 + level], slope[:d].mT, atol=1e-10)
+            assert torch.allclose(rises[:, i, bends], slope[d:].mT, atol=1e-10)
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_the_jacobian_of_a_network_that_is_told_densities_is_autograds(d):
+    network, x, y = operator(d), 0.6 * cloud(30, d) + 0.3, cloud(5, d, seed=2)
+    context = network.context(x, 0.2, (), -x.square().sum(-1) / 2)
+    moved, jacobian = network(y, context, jacobian=True)
+    truth = torch.stack([torch.autograd.functional.jacobian(lambda z: network(z[None], context)[0], z) for z in y])
+    assert torch.allclose(moved, network(y, context), atol=1e-13)
+    assert torch.allclose(jacobian, truth, atol=1e-11)
+
+
+def test_neither_order_nor_repetition_nor_a_constant_in_the_log_density_matter():
+    network, x, log_rho = operator(), cloud(50, 2), cloud(50, seed=2)
+    order = torch.randperm(50)
+    moved = network(x, x, 0.1, log_density=log_rho)
+    assert torch.allclose(moved[order], network(x[order], x[order], 0.1, log_density=log_rho[order]), atol=1e-9)
+    twice = network.context(torch.cat([x, x]), 0.1, (), torch.cat([log_rho, log_rho]))
+    assert torch.allclose(network(x, twice), moved, atol=1e-9)
+    assert torch.allclose(network(x, x, 0.1, log_density=log_rho + 3.0), moved, atol=1e-9)
+    assert (network(x, x, 0.1, log_density=-log_rho) - moved).abs().max() > 1e-3
+
+
+def test_measures_of_which_nothing_is_told_go_by_their_points():
+    network, x = operator(), cloud(2, 50, 2)
+    unknown = torch.full((2, 50), math.nan, dtype=torch.float64)
+    known = torch.stack([unknown[0], -x[1].square().sum(-1) / 2])
+    found = network(x, x, 0.1, log_density=known)
+    assert torch.equal(network(x, x, 0.1, log_density=unknown), network(x, x, 0.1))
+    assert torch.allclose(found[0], network(x, x, 0.1)[0], atol=1e-12)
+    assert (found[1] - network(x, x, 0.1)[1]).abs().max() > 1e-3
+
+
+def test_marks_that_were_found_before_are_those_found_again():
+    network, x, log_rho = operator(), cloud(3, 50, 2), cloud(3, 50, seed=2)
+    log_rho[1] = math.nan
+    marks = network.marks(x, 0.1, log_rho)
+    moved = network(x, x, 0.1, log_density=log_rho)
+    assert torch.equal(network(x, x, 0.1, log_density=marks), moved)
+    some = torch.tensor([True, False, True])
+    assert torch.allclose(network(x[some], x[some], 0.1, log_density=marks.rows(some)), moved[some], atol=1e-12)
+
+
+def test_narrow_measures_and_single_precision_stay_finite():
+    network, x = operator(), cloud(200, 2)
+    for scale in (1e-4, 1.0, 1e4):
+        log_rho = -x.square().sum(-1) / 2 - 2 * math.log(scale)
+        truth = network.double()(scale * x, scale * x, 0.1, log_density=log_rho, jacobian=True)
+        y = (scale * x).float()
+        found = network.float()(y, y, 0.1, log_density=log_rho.float(), jacobian=True)
+        assert all(value.isfinite().all() for value in (*truth, *found))
+        if scale == 1:
+            assert (determinant(found[1]).double() - determinant(truth[1])).abs().max() < 1e-2
+
+
+def test_densities_are_seen_through_kernels():
+    with pytest.raises(ValueError, match="kernels=0 leaves none"):
+        operator(kernels=0)

@@ -167,7 +167,8 @@ class JKOStage(Stage):
 
     def _warmed(self, network: nn.Module, operator: OperatorTransport) -> nn.Module:
         """The network fitted to the operator's step, where that is the better start."""
-        found = warm.fitted(network, operator, self.cloud.x, self.config.tau, self.config.fit)
+        x, log_rho = self.cloud.x, self.cloud.log_rho
+        found = warm.fitted(network, operator, x, self.config.tau, self.config.fit, log_rho)
         self._solve_affine(found)
         judged = self._judge(found)
         if is_better(judged, self.at_start):

@@ -45,14 +45,18 @@ def told_for(operator: OperatorTransport, terms: list[dict]) -> OperatorTranspor
     return operator.reweighted(wanted)
 
 
-def fitted(network: nn.Module, operator: OperatorTransport, x: Tensor, tau: float, steps: int) -> nn.Module:
+def fitted(
+    network: nn.Module, operator: OperatorTransport, x: Tensor, tau: float, steps: int, log_rho: Tensor | None = None
+) -> nn.Module:
     """A copy of the potential u fitted to the operator's map T: min E |grad u(x) - T x|^2 over the cloud x (n, d).
 
+    ``log_rho`` (n,): of the cloud, where it is known, for operators that take it.
     Adam with a rate that falls to zero; no Hessian is needed, so that a step of it costs less than one of the solver.
     """
     network = copy.deepcopy(network)
     x = x.float()
-    y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told())[0]
+    known = None if log_rho is None else log_rho[:SEEN].float()
+    y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told(), known=known)[0]
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():

@@ -17,9 +17,9 @@ from gengrad.networks import ICNN, SetOperator
 TAU = 0.1
 
 
-def operator(d=1, terms="entropy", bend=0.0, tau=TAU, seed=0) -> OperatorTransport:
+def operator(d=1, terms="entropy", bend=0.0, tau=TAU, seed=0, **settings) -> OperatorTransport:
     torch.manual_seed(seed)
-    network = SetOperator(event_shape=(d,), width=8, tokens=2, heads=2, blocks=1)
+    network = SetOperator(event_shape=(d,), width=8, tokens=2, heads=2, blocks=1, **settings)
     torch.nn.init.normal_(network.head[-1].weight, std=bend)
     return OperatorTransport(network, torch.randn(2, 16, d), torch.empty(0, d), tau, read_expression(terms))
 
@@ -41,6 +41,18 @@ def test_the_potential_is_fitted_to_the_operators_map():
     lines = torch.cat([x, torch.ones_like(x)], 1)
     straight = (lines @ torch.linalg.lstsq(lines, y).solution - y).square().mean() / (y - x).square().mean()
     assert left < 1e-2 and left < straight / 3  # better than any straight map
+
+
+def test_an_operator_that_takes_log_densities_is_told_those_of_the_cloud():
+    x = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
+    made, log_rho = operator(bend=2.0, log_density=True), -2 * x[:, 0].square()
+    network = ICNN(event_shape=(1,), width=16)
+    network.whiten(x.double())
+    off = []
+    for known in (log_rho, None):
+        found = fitted(network, made, x, TAU, 200, known)
+        off.append(float((found(x) - push(made.network, x, TAU, log_rho)[0]).square().mean().detach()))
+    assert off[0] < 0.2 * off[1]
 
 
 def test_an_operator_for_several_weights_starts_one_of_them(tmp_path):
@@ -74,7 +86,7 @@ def test_a_good_operator_starts_the_step_better_than_the_best_affine_map(tmp_pat
     law = GaussianMixture(means=[[-1.0], [1.0]], scales=[0.4, 0.4])
     line = Line.of(law.log_density, -6, 6)
     after = implicit_step(Entropy(), line, TAU)
-    exact = lambda network, x, tau, particles, weights: (carried(line, after, x, x[:, 0])[0].float(), None)  # noqa: E731
+    exact = lambda network, x, tau, **named: (carried(line, after, x, x[:, 0])[0].float(), None)  # noqa: E731
     monkeypatch.setattr(jko_warm, "push", exact)
     start = saved(tmp_path / "run", operator())
     stages = []

@@ -19,9 +19,8 @@ class KernelMoments(torch.autograd.Function):
 
     k(z) = exp(-|z|^2 / (2 h^2)), one for each width h / 2^level; ``h`` (sets, 1, 1). The columns f_j are the products
     of coordinates of s up to ``degree``: 1, s, s s', ..., and after them, where particles have ``marks`` (sets, N, m),
-    or others for each level (levels, sets, N, m), the products of these with coordinates up to ``degree`` - 1: m, m s',
-    ... Those of one degree more are the derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so no kernel matrix is
-    kept; x has a gradient, once.
+    the products of these with coordinates up to ``degree`` - 1: m, m s', ... Those of one degree more are the
+    derivative, d/dx E[k f] = (E[k f s'] - E[k f] x') / h^2, so no kernel matrix is kept; x has a gradient, once.
     """
 
     @staticmethod
@@ -32,11 +31,9 @@ class KernelMoments(torch.autograd.Function):
         if marks is not None:
             blocks.append((marks, degree - 1))
         powers = [_powers(one, particles, most + deeper) for one, most in blocks]
-        sizes, ahead = [part.shape[-1] for part in powers], max(part.dim() for part in powers)
-        columns = torch.cat([part.expand(levels, *part.shape[-3:]) if ahead > 3 else part for part in powers], -1)
-        found = _means(x, particles, columns / particles.shape[-2], h, levels)
+        found = _means(x, particles, torch.cat(powers, -1) / particles.shape[-2], h, levels)
         kept, higher = [], []
-        for (one, most), some in zip(blocks, found.split(sizes, -1)):
+        for (one, most), some in zip(blocks, found.split([part.shape[-1] for part in powers], -1)):
             count = one.shape[-1] * sum(x.shape[-1] ** power for power in range(most + 1))
             kept.append(some[..., :count])
             higher.append(some[..., one.shape[-1] :])
@@ -55,7 +52,7 @@ class KernelMoments(torch.autograd.Function):
 
 
 def _powers(columns: Tensor, particles: Tensor, most: int) -> Tensor:
-    """``columns`` (..., sets, N, c) times the products of 0, 1, ... ``most`` coordinates, side by side."""
+    """``columns`` (sets, N, c) times the products of 0, 1, ... ``most`` coordinates, side by side."""
     found = [columns]
     for _ in range(most):
         found.append(outer(found[-1], particles).flatten(-2))
@@ -63,7 +60,7 @@ def _powers(columns: Tensor, particles: Tensor, most: int) -> Tensor:
 
 
 def _means(x: Tensor, particles: Tensor, columns: Tensor, h: Tensor, levels: int) -> Tensor:
-    """Kernels times ``columns`` (sets, N, c) or (levels, sets, N, c), (levels, sets, n, c), tile by tile.
+    """Kernels times ``columns`` (sets, N, c), (levels, sets, n, c), tile by tile.
 
     The exponent is one product, of (x, -|x|^2/2, 1)/h^2 and (s, 1, -|s|^2/2); half the width is the fourth power.
     """
@@ -79,7 +76,7 @@ def _means(x: Tensor, particles: Tensor, columns: Tensor, h: Tensor, levels: int
             for level in range(levels):
                 if level:
                     kernel = kernel.square_().square_().clamp_min_(math.exp(faint))
-                found[level, some, these] = kernel @ (columns if columns.dim() == 3 else columns[level])[some]
+                found[level, some, these] = kernel @ columns[some]
     return found
 
 

@@ -61,6 +61,10 @@ class Members(ABC):
         """``push`` of u (count, n, d + spare) at its ranks: a cloud that is not as even as ``cloud``."""
         return self.push(ranks(u))
 
+    def made(self, how: str, u: Tensor, which: Tensor) -> Tensor:
+        """What the method ``how`` makes of u (count, n, k), for the measures of a mask (count,) alone."""
+        return getattr(self, how)(u)[which]
+
     def score(self, x: Tensor) -> Tensor:
         """grad log rho at x, like x; NaN where the density is not smooth."""
         if not self.smooth:
@@ -154,14 +158,7 @@ def clouds(
             continue
         members = FAMILIES.build(settings).members(len(rows), dimension, generator)
         u = points_of_the_cube(len(rows), n, dimension + members.spare, generator)
-        points = members.cloud(u[:, :first])
-        if members.smooth and 1 < dimension <= FLAT:
-            uneven = torch.rand(len(rows), 1, 1, generator=generator) < UNEVEN
-            points = torch.where(uneven, members.net(u[:, :first]), points)
-        if independent and members.smooth:
-            drawn = torch.rand(len(rows), 1, 1, generator=generator) < independent
-            alone = points_of_the_cube(*u[:, :first].shape, generator, even=False)
-            points = torch.where(drawn, members.push(alone), points)
+        points = _seen(members, u[:, :first], generator, independent)
         if first < n and tails == 1:
             within = torch.rand(len(rows), 1, 1, generator=generator, dtype=torch.float64)
             points = torch.cat([points, members.cloud(u[:, first:], within)], 1)
@@ -172,6 +169,24 @@ def clouds(
         x[rows], log_rho[rows] = points.float(), members.log_density(points).float()
         score[rows] = members.score(points).float()
     return x, log_rho, score, weight
+
+
+def _seen(members: Members, u: Tensor, generator: torch.Generator, independent: float) -> Tensor:
+    """Clouds (count, n, d) of the measures from evenly spread u, of the kinds that ``clouds`` names."""
+    d = u.shape[-1] - members.spare
+    if not members.smooth:
+        return members.cloud(u)
+    uneven = alone = torch.zeros(len(u), dtype=torch.bool)
+    if 1 < d <= FLAT:
+        uneven = torch.rand(len(u), generator=generator) < UNEVEN
+    if independent:
+        alone = torch.rand(len(u), generator=generator) < independent
+    points = u.new_empty(*u.shape[:-1], d)
+    for which, how in ((~uneven & ~alone, "cloud"), (uneven & ~alone, "net"), (alone, "push")):
+        if which.any():
+            from_where = points_of_the_cube(*u.shape, generator, even=False) if how == "push" else u
+            points[which] = members.made(how, from_where, which)
+    return points
 
 
 def points_of_the_cube(count: int, n: int, k: int, generator: torch.Generator, even: bool = True) -> Tensor:

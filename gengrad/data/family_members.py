@@ -27,6 +27,9 @@ class GaussianMembers(Members):
     def __init__(self, means: Tensor, factors: Tensor, weights: Tensor):
         self.means, self.factors, self.weights = means, factors, weights
 
+    def made(self, how: str, u: Tensor, which: Tensor) -> Tensor:
+        return getattr(GaussianMembers(self.means[which], self.factors[which], self.weights[which]), how)(u[which])
+
     def push(self, u: Tensor) -> Tensor:
         """The Knothe-Rosenblatt rearrangement: each coordinate by the quantile of its law given those before it.
 

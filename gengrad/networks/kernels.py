@@ -14,11 +14,11 @@ RARE = 3e-4  # of the kernel's peak: a density below which the particles around 
 
 @dataclass(frozen=True)
 class Marks:
-    """What particles know of their measure's log density, as ``local_fit.fitted`` finds it for several widths.
+    """What particles know of their measure's log density, as ``local_fit.fitted`` finds it.
 
-    ``columns`` (levels, ..., N, d + d (d + 1) / 2): the score s_i and the Hessian H_i there as the line s_i + H_i
-    (x - x_i) = b_i + H_i x, of which b_i and the upper triangle of H_i; ``unit`` (..., 1, 1): the length in which they
-    are seen; ``told`` (..., 1, 1): 1 for the clouds of which anything is known, 0 for others.
+    ``columns`` (..., N, d + d (d + 1) / 2): the score s_i and the Hessian H_i there as the line s_i + H_i (x - x_i) =
+    b_i + H_i x, of which b_i and the upper triangle of H_i; ``unit`` (..., 1, 1): the length in which they are seen;
+    ``told`` (..., 1, 1): 1 for the clouds of which anything is known, 0 for others.
     """
 
     columns: Tensor
@@ -27,11 +27,11 @@ class Marks:
 
     def rows(self, which: Tensor) -> Marks:
         """Those of some of the clouds."""
-        return Marks(self.columns[:, which], self.unit[which], self.told[which])
+        return Marks(self.columns[which], self.unit[which], self.told[which])
 
     def at(self, particles: Tensor) -> Tensor:
-        """(unit * score, unit^2 * Hessian) of all levels at the particles (..., N, d) themselves, side by side."""
-        return torch.cat([part for level in self.columns for part in _seen(level, particles, self.unit)], -1)
+        """(unit * score, unit^2 * Hessian) at the particles (..., N, d) themselves, like ``columns``."""
+        return torch.cat(_seen(self.columns, particles, self.unit), -1)
 
 
 def whole(triangle: Tensor, d: int) -> Tensor:
@@ -60,8 +60,7 @@ def smoothed(
     l and its slope finite away from the particles, where an estimate is that of the nearest one alone. Returns l (...,
     n, levels), h grad l (..., n, levels, d) and, with directions ``along`` (k, ..., 1, d), the derivatives of both.
     With ``marks`` there come as many more vectors, E[k m] / (rho + RARE) for the lines m_i(x) = s_i + H_i (x - x_i) of
-    the particles at that level, and d (d + 1) / 2 times as many scalars, the same mean of the Hessians, in units of
-    ``marks.unit``.
+    the particles, and d (d + 1) / 2 times as many scalars, the same mean of the Hessians, in units of ``marks.unit``.
     Raises ``ValueError`` where a gradient of the particles is asked for.
 
     With s = x_i - x, a = E[k s], S = E[k s s']: grad l = a / (h^2 (rho + RARE)) and h^2 Da = S - h^2 rho.
@@ -78,7 +77,7 @@ def smoothed(
     columns = unit = None
     if marks is not None:
         columns, unit = marks.columns.to(exact), marks.unit.to(exact)
-        columns = columns.expand(levels, *sets, *columns.shape[-2:]).flatten(1, -3) if sets else columns[:, None]
+        columns = columns.expand(*sets, *columns.shape[-2:]).reshape(-1, *columns.shape[-2:])
     moments = KernelMoments.apply(*flat, levels, 1 if along is None else 2, columns)
     for level, found in enumerate(moments.unflatten(1, sets) if sets else moments[:, 0]):
         width = h / 2**level

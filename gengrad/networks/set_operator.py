@@ -17,8 +17,7 @@ from gengrad.registry import NETWORKS, Configured, Settings
 
 LARGEST_JACOBIAN = 3  # dimensions up to which log det DT is written out
 SHORT = 0.25  # of sqrt(tau), what a step of an entropy makes of a point: no cloud counts as narrower than that
-FITTED = 2.0  # of a kernel's width, that of the kernel by which a log density is fitted around each particle
-WIDEST = 0.5  # of the cloud's scale, at most the unit of what is fitted; below, sqrt(2 tau)
+WIDEST = 0.5  # of the scale, at most the width of the kernel by which a log density is fitted around each particle
 FOLD = 0.05  # det DT below which log det is continued by its tangent, down through zero
 
 
@@ -157,7 +156,7 @@ class SetOperator(nn.Module, Configured):
         known = self.located + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights + c.log_density
         vectors = c.kernels * (1 + c.log_density)  # at each point
         self.local = c.kernels * (1 + d + marks)
-        self.particle = perceptron(self.located + d + known + c.kernels * marks, c.width, 1, c.width, "silu")
+        self.particle = perceptron(self.located + d + known + marks, c.width, 1, c.width, "silu")
         self.induced = nn.Parameter(torch.randn(c.blocks + 1, c.tokens, c.width))
         self.gather = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks + 1))
         self.scatter = nn.ModuleList(Attention(c.width, c.heads) for _ in range(c.blocks))
@@ -215,9 +214,7 @@ class SetOperator(nn.Module, Configured):
         mean, scale = _moments(particles)
         if log_density is None:
             log_density = torch.full_like(particles[..., 0], math.nan)
-        unit = (math.sqrt(2 * tau) / scale).clamp_max(WIDEST)
-        widest = FITTED * self._widest(tau, scale)
-        return fitted((particles - mean) / scale, log_density, widest, self.config.kernels, unit)
+        return fitted((particles - mean) / scale, log_density, (math.sqrt(2 * tau) / scale).clamp_max(WIDEST))
 
     def forward(
         self, x: Tensor, measure: Context | Tensor, tau: float | None = None, weights: Sequence[float] = (),
@@ -233,11 +230,8 @@ class SetOperator(nn.Module, Configured):
 
     def _density(self, away: Tensor, context: Context, along: Tensor | None = None) -> tuple:
         """``smoothed`` in the cloud's scale, from twice the width by which the heat flow smooths in a time tau."""
-        widest = self._widest(context.tau, context.scale)
+        widest = math.sqrt(8 * context.tau) / context.scale
         return smoothed(away, context.away, widest, self.config.kernels, along, context.marks)
-
-    def _widest(self, tau: float, scale: Tensor) -> Tensor:
-        return math.sqrt(8 * tau) / scale
 
     def _moved(self, x: Tensor, context: Context) -> Tensor:
         c = context

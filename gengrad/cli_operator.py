@@ -19,6 +19,7 @@ def evolve_cloud(flow: Flow, given: Namespace) -> int:
     """Reads the cloud, moves it by ``--steps`` steps, says energies, writes the last state and a film if asked for."""
     from gengrad import plotting
     from gengrad.files import writable
+    from gengrad.flows.operator import operator_of
     from gengrad.sampling import write_samples
 
     points = read_cloud(given.source)
@@ -30,6 +31,8 @@ def evolve_cloud(flow: Flow, given: Namespace) -> int:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = flow.evolve(points, given.steps, tau=given.tau, weights=given.weights, log_density=known)
+    if known is None and operator_of(flow).network.config.log_density:
+        print("this operator is told no log density, and goes by the points alone: --log-density FILE.npy says more")
     for warning in told:
         print(f"gengrad: {warning.message}")
     print(f"{len(points)} points, {given.steps} steps, {found.nfe} network evaluations each, {found.seconds:.2f} s")

@@ -144,9 +144,9 @@ def clouds(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Clouds of ``count`` measures, the families equally often: x and score (count, n, d), log rho and weights (count,
 
-    n), float32. The ``first`` of them (default: n) are ``Members.cloud``, half of the smooth ones
-    in the plane and in space ``Members.net``, of a share ``independent`` as many independent points, their weights 1;
-    the others go on in a Sobol net of the cube and reach
+    n), float32. The ``first`` of them (default: n) are ``Members.cloud``, half of the smooth ones in the plane and in
+    space ``Members.net``, and in place of a share ``independent`` of the smooth ones as many independent points, their
+    weights 1; the others go on in a Sobol net of the cube and reach
     ``tails`` times as far, by ``push_wide``.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from gengrad.flows.asked import whole
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
+from gengrad.networks.kernels import Marks
 from gengrad.networks.set_operator import determinant
 from gengrad.registry import DATASETS, NETWORKS, settings_of
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("tau", "terms", "data", "family", "taus", "weights")  # of a transport, plain data
 PAIRS = 4096  # particles whose energy is taken where every one meets every other
+UNKNOWN = -1e30  # stands for a log density that is not known, where only finite numbers are stored
 FAR = 0.25  # of the width of the training family outside of it from which on a warning is given
 
 
@@ -50,11 +53,13 @@ class OperatorTransport(Transport):
         self.family, self.taus, self.weights = family, taus, weights
         self.register_buffer("anchors", anchors)
         self.register_buffer("samples", samples)
-        self.register_buffer("known", known)
+        self.register_buffer("known", None if known is None else torch.where(known.isfinite(), known, UNKNOWN))
 
     def path(self, x: Tensor, generator: Noise = None, nfe: int | None = None) -> Iterator[Tensor]:
         for k in range(self.cost(nfe)):
-            known = None if self.known is None else self.known[k].to(x)
+            known = None
+            if self.known is not None:
+                known = torch.where(self.known[k] > UNKNOWN, self.known[k], math.nan).to(x)
             x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau, self.told(), known))
             yield x
 
@@ -113,12 +118,13 @@ KINDS[OperatorTransport.kind] = OperatorTransport
 @torch.no_grad()
 def push(
     network: nn.Module, x: Tensor, tau: float, log_rho: Tensor | None = None, particles: Tensor | None = None,
-    weights: Sequence[float] = (), known: Tensor | None = None,
+    weights: Sequence[float] = (), known: Tensor | Marks | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(T x, log rho'(T x)) for x (..., n, d), the context that of ``particles`` (default: x itself).
 
     log rho'(T x) = log rho(x) - log det DT(x); NaN where T folds, det DT <= 0. Without ``log_rho`` no determinant.
-    ``known``: log rho at the particles, for networks that take it; where these are x itself, ``log_rho``.
+    ``known``: log rho at the particles, or its marks, for networks that take it; where no particles are given, who are
+    x itself then, ``log_rho``.
     """
     context = network.context(*(x, tau, weights, log_rho) if particles is None else (particles, tau, weights, known))
     if log_rho is None:
@@ -305,12 +311,14 @@ def _density(flow: Flow, points: Tensor, x: Tensor, given: object) -> Tensor | N
     """log rho (..., n) at the points in the network's units, from a tensor or from what has a log density."""
     if given is None:
         return None
-    value = given.log_density(points) if hasattr(given, "log_density") else given
-    if not isinstance(value, Tensor) or value.shape != points.shape[:-1] or not bool(value.isfinite().all()):
+    value, wanted = given, tuple(points.shape[:-1])
+    if hasattr(given, "log_density"):
+        value = given.log_density(points.flatten(0, -2)).view(wanted)
+    if not isinstance(value, Tensor) or value.shape != wanted:
         found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"log_density must be finite and of shape {tuple(points.shape[:-1])}, one for each point; got {found}"
-        )
+        raise ValueError(f"log_density must be of shape {wanted}, one number for each point; got {found}")
+    if bad := int((~value.isfinite()).sum()):
+        raise ValueError(f"{bad} of the log densities are not finite; leave these points out")
     volume = 0.0 if flow.units is None else x.shape[-1] * torch.tensor(flow.units[1]).log().item()
     return value.to(x) + volume
 

@@ -71,9 +71,11 @@ class JKOOperator(Method):
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
         curriculum: float = Field(0.4, ge=0, le=1)  # share of the training over which the horizon grows from 1
         rollout: bool = True  # false: initial measures alone, the ablation of the paper
-        # of the measures, the share that a network that takes log densities is told none of, as of clouds of users
+        # for networks that take log densities: the share of the measures that these are told none of, so that they
+        # move clouds of unknown density too
         untold: float = Field(0.25, gt=0, le=1)
-        independent: float = Field(0.0, ge=0, le=1)  # share of the contexts that are independent points, not even ones
+        # share of the contexts of smooth measures that are independent points, not even ones
+        independent: float = Field(0.0, ge=0, le=1)
         average: bool = True  # states are moved by the averaged weights; false: by the current ones
         taus: list[float] | None = None  # [least, largest] tau to train for, drawn evenly in the logarithm
         # the same of the weight of the functional's term of that name: one operator for a family of energies
@@ -280,7 +282,7 @@ class OperatorStage(Stage):
         """The loss by scores where measures have one, and by log det for the others, each by its share."""
         x, seen, log_rho, score, weight, known = batch
         if known is not None:
-            known = network.marks(seen, jko.tau, known)
+            known = self.networks["operator"].marks(seen, jko.tau, known)  # what wraps it passes forward alone
         moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score, known)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
@@ -335,7 +337,9 @@ class OperatorStage(Stage):
                 y = push(network, x, jko.tau, particles=seen, weights=jko.weights)[0]
                 return y.cpu(), state[1], state[2]
             known = self._known(state[1].to(device), self._told(len(x), generator))
-            own = None if known is None else state[1][:, : self.seen].to(device)  # else nobody asks for densities there
+            own = None  # nobody asks for densities at the context's particles
+            if known is not None:
+                own, known = state[1][:, : self.seen].to(device), network.marks(seen, jko.tau, known)
             ahead, carried = push(network, seen, jko.tau, own, seen, jko.weights, known)
             x, log_rho, score = (values[:, self.seen :].to(device) for values in state)
             y, det, after = pushed_density(network, x, seen, jko, score, known)

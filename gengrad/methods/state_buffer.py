@@ -19,8 +19,8 @@ Clouds = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor, Tensor]]
 class StateBuffer:
     """``size`` clouds x (size, n, d) with log rho (size, n) and the score (size, n, d; NaN where a density is not
 
-    smooth), the ``weight`` of each particle (size, n), their ``age`` in steps and their energy. After a step log rho
-    and the score are true of the loss's particles alone; nothing asks for them of the context's.
+    smooth), the ``weight`` of each particle (size, n), their ``age`` in steps and their energy. After a step the score
+    is true of the loss's particles alone, and log rho too, but for networks that are told it at the context's.
 
     ``clouds(count, generator)`` makes fresh ones; ``energy(x, log rho, weight)`` is F of each. A state lives until its
     age reaches the horizon, or until it goes wrong: then a fresh initial measure takes its place. The first lives have

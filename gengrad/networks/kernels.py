@@ -18,7 +18,7 @@ class Marks:
 
     ``columns`` (..., N, d + d (d + 1) / 2): the score s_i and the Hessian H_i there as the line s_i + H_i (x - x_i) =
     b_i + H_i x, of which b_i and the upper triangle of H_i; ``unit`` (..., 1, 1): the length in which they are seen;
-    ``told`` (..., 1, 1): 1 for the clouds of which anything is known, 0 for others.
+    ``told`` (..., 1, 1): the share of the cloud's particles whose log density is known.
     """
 
     columns: Tensor
@@ -29,6 +29,8 @@ class Marks:
         """Those of some of the clouds."""
         return Marks(self.columns[which], self.unit[which], self.told[which])
 
+    @torch.autocast("cpu", enabled=False)  # b + H x cancels
+    @torch.autocast("cuda", enabled=False)
     def at(self, particles: Tensor) -> Tensor:
         """(unit * score, unit^2 * Hessian) at the particles (..., N, d) themselves, like ``columns``."""
         return torch.cat(_seen(self.columns, particles, self.unit), -1)
@@ -36,9 +38,9 @@ class Marks:
 
 def whole(triangle: Tensor, d: int) -> Tensor:
     """Symmetric matrices (..., d, d) of their upper triangles (..., d (d + 1) / 2), row by row."""
-    place = torch.empty(d, d, dtype=torch.long)
-    rows, columns = torch.triu_indices(d, d)
-    place[rows, columns] = place[columns, rows] = torch.arange(len(rows))
+    place = torch.empty(d, d, dtype=torch.long, device=triangle.device)
+    rows, columns = torch.triu_indices(d, d, device=triangle.device)
+    place[rows, columns] = place[columns, rows] = torch.arange(len(rows), device=triangle.device)
     return triangle[..., place]
 
 

@@ -11,7 +11,7 @@ from gengrad.networks.kernels import Marks, whole
 # what a squared slope over a width, and a squared second derivative over its square, weigh beside a squared error: the
 # values have no noise, but where few particles are near a fit would turn wildly
 SLOPE, BEND = 1e-3, 1e-2
-NOBODY = 1e-9  # added to the share of a kernel's particles whose log density is known
+NOBODY = 1e-9  # added to the share of a kernel's particles whose log density is known, and the price of the constant
 
 
 @torch.no_grad()
@@ -25,12 +25,16 @@ def fitted(particles: Tensor, log_density: Tensor, h: Tensor) -> Marks:
     times the squares of the coefficients of z_a z_b / h^2): local quadratic regression (Fan and Gijbels, *Local
     Polynomial Modelling and Its Applications*, 1996, section 3.1) of values without noise, so that it matters little
     how the points lie. ``h`` (..., 1, 1) is the width of the Gaussian kernel and the unit of the marks, which are zero
-    where nothing is known.
+    where nothing is known, and where the fit is not finite.
     """
     d, dtype = particles.shape[-1], particles.dtype
     x, known = particles.double(), log_density.isfinite()[..., None].double()
-    h = h.double().expand(*x.shape[:-2], 1, 1)
+    h, told = h.double().expand(*x.shape[:-2], 1, 1), known.mean(-2, keepdim=True)
+    if not known.any():
+        columns = torch.zeros(*x.shape[:-1], d * (d + 3) // 2, dtype=dtype, device=x.device)
+        return Marks(columns, h.to(dtype), told.to(dtype))
     values = torch.where(known > 0, log_density.double()[..., None], 0.0)
+    values = values - values.mean(-2, keepdim=True) / told.clamp_min(NOBODY)  # a constant says nothing and costs digits
     basis = _basis(x)
     terms = basis.shape[-1]
     rows, columns = torch.triu_indices(terms, terms, device=x.device)
@@ -46,13 +50,13 @@ def fitted(particles: Tensor, log_density: Tensor, h: Tensor) -> Marks:
     right = right - normal[..., 0] * right[..., :1] / count  # about the mean of the values: the constant has no price
     price = torch.full((terms,), BEND, dtype=x.dtype, device=x.device)
     price[0], price[1 : 1 + d] = NOBODY, SLOPE
-    found = torch.linalg.solve(normal / count[..., None] + torch.diag(price), right / count)
+    # a cloud that is far wider than h is singular up to rounding; no error then, for training passes over such states
+    found = torch.linalg.solve_ex(normal / count[..., None] + torch.diag(price), right / count)[0]
     score = found[..., 1 : 1 + d] / h
     rows, columns = torch.triu_indices(d, d, device=x.device)
     hessian = found[..., 1 + d :] * (1 + (rows == columns).to(found)) / h**2  # z_a^2 has the coefficient H_aa / 2
     start = score - (whole(hessian, d) @ x[..., None])[..., 0]
-    told = known.any(-2, keepdim=True).to(dtype)
-    return Marks(torch.cat([start, hessian], -1).to(dtype), h.to(dtype), told)
+    return Marks(torch.cat([start, hessian], -1).nan_to_num(0.0, 0.0, 0.0).to(dtype), h.to(dtype), told.to(dtype))
 
 
 def _basis(x: Tensor) -> Tensor:

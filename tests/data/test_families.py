@@ -226,6 +226,6 @@ def test_a_share_of_the_contexts_are_independent_points():
     )  # of a quadratic, the mean of the ends
     apart = (x[:, 1:64, 0] - x[:, :63, 0]).abs() > 0.1
     assert torch.allclose(slope[apart], (score[:, 1:64, 0] + score[:, :63, 0])[apart] / 2, rtol=1e-2, atol=1e-2)
-    boxes = read_families(["boxes"])  # have no score that could be told
+    boxes = read_families(["boxes"])  # are not smooth
     only, same = (clouds(boxes, 8, 96, 1, generator(1), first=64, independent=share)[0] for share in (1.0, 0.0))
     assert torch.equal(only, same)

@@ -59,6 +59,22 @@ def test_half_the_exact_step_is_half_the_way_off():
     assert row["gap"] == pytest.approx(1 - math.log((1 + K) / 2) / math.log(K), abs=1e-6)
 
 
+def test_a_rollout_that_is_not_told_goes_by_its_points():
+    operator, source = heat(1), Gaussian(mean=[0.0])
+    operator.network = SetOperator(event_shape=(1,), width=8, tokens=2, heads=2, blocks=1, log_density=True).double()
+    with torch.no_grad():
+        operator.network.affine.weight.normal_(0, 0.1), operator.network.affine.bias.normal_(0, 0.1)
+    x = source.sample(64, torch.Generator().manual_seed(0)).double()
+    log_rho = source.log_density(x)
+    told, untold = (judge_rollout(operator, x, log_rho, 1, told=given)[0]["energy"] for given in (True, False))
+    network = operator.network
+    for energy, known in ((told, log_rho), (untold, None)):
+        with torch.no_grad():
+            jacobian = network(x, x, operator.tau, log_density=known, jacobian=True)[1][:, 0, 0]
+        assert energy == pytest.approx(float((log_rho - jacobian.log()).mean()), abs=1e-9)
+    assert told != untold
+
+
 def test_a_step_that_concentrates_raises_the_entropy_and_is_told():
     _, x, log_rho = normal()
     (row,) = judge_rollout(heat(slope=-1.0), x, log_rho, 1)

@@ -11,7 +11,7 @@ import gengrad
 from gengrad.cli import main
 from gengrad.data import Gaussian
 from gengrad.flows import Flow, OperatorTransport, VelocityTransport
-from gengrad.flows.operator import family_of, features, outside, push, rollout
+from gengrad.flows.operator import UNKNOWN, family_of, features, outside, push, rollout
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import MLP, SetOperator
 
@@ -263,7 +263,7 @@ def told_flow() -> Flow:
     return Flow(flow.source, [made])
 
 
-def test_a_network_that_takes_log_densities_is_told_them_in_every_step(tmp_path):
+def test_a_network_that_takes_log_densities_is_told_them_in_every_step():
     flow, x = told_flow(), cloud()
     network, known = flow.transports[0].network, flow.source.log_density(x)
     with torch.no_grad():
@@ -274,6 +274,10 @@ def test_a_network_that_takes_log_densities_is_told_them_in_every_step(tmp_path)
     both = torch.stack([x, 2 * x])
     logs = torch.stack([known, known - 2 * math.log(2)])
     assert torch.allclose(flow.step(both, log_density=logs)[0], one, atol=1e-6)
+    assert torch.allclose(flow.step(both, log_density=flow.source)[0], one, atol=1e-6)
+    logs[0, 3] = math.nan
+    with pytest.raises(ValueError, match="1 of the log densities are not finite"):
+        flow.step(both, log_density=logs)
     way = flow.evolve(x, 2, log_density=known)
     with torch.no_grad():
         assert torch.allclose(way.x, network(one, one, TAU, log_density=way.log_density[1]), atol=1e-5)
@@ -287,6 +291,14 @@ def test_its_samples_follow_anchors_that_are_told_theirs(tmp_path):
     again = gengrad.load(tmp_path / "run")
     assert torch.equal(again.transports[0].known, flow.transports[0].known)
     assert torch.equal(again.sample(20, seed=1), flow.sample(20, seed=1))
+    flow.transports[0].known[1, 5] = UNKNOWN  # as where the map has folded at an anchor
+    flow.save(tmp_path / "folded")
+    assert torch.equal(gengrad.load(tmp_path / "folded").sample(20, seed=1), flow.sample(20, seed=1))
+    network, none = flow.transports[0].network, torch.full((1, 64), math.nan)
+    holed = OperatorTransport(network, cloud(64)[None], torch.empty(0, 2), TAU, [], known=none)
+    assert holed.known.isfinite().all()  # what is not cannot be saved
+    x = cloud(9)
+    assert torch.equal(next(holed.path(x)), holed.network(x, cloud(64), TAU))
     flow.transports[0].known = None  # as of a source without a density
     assert (flow.sample(20, seed=1) - again.sample(20, seed=1)).abs().max() > 1e-4
     flow.save(tmp_path / "other")
@@ -307,7 +319,7 @@ COMMANDS = {
     "densities of a table": (["--source", "points.npy", "--steps", "2", "--log-density", "points.npy"],
                              "--log-density points.npy: numbers of shape (n,) are wanted; found float64 of (2, 2)"),
     "densities of other points": (["--source", "points.npy", "--steps", "2", "--log-density", "line.npy"],
-                                  "log_density must be finite and of shape (2,), one for each point; got (5,)"),
+                                  "log_density must be of shape (2,), one number for each point; got (5,)"),
     "a line of numbers": (["--source", "line.npy", "--steps", "2"], "shape (n, d) are wanted"),
     "words": (["--source", "words.npy", "--steps", "2"], "numbers of shape"),
     "another dimension": (["--source", "space.npy", "--steps", "2"], "shape (n, 2); got (5, 3)"),

@@ -15,6 +15,7 @@ from gengrad.data.draws import generator_for
 from gengrad.evaluation.operators import judge_rollout
 from gengrad.evaluation.references import reference_of
 from gengrad.flows.density_cloud import matched
+from gengrad.flows.operator import push
 from gengrad.functionals import Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.methods import JKOOperator, Part, Problem
 from gengrad.methods.jko_affine import JKOProblem
@@ -251,16 +252,40 @@ def test_a_share_of_the_measures_is_told_to_a_network_that_takes_log_densities()
 
 
 def test_the_context_of_a_network_that_takes_log_densities_carries_its_own():
-    """T(x) = x + tau (b + 2 (x - mean) / scale): log rho falls by log(1 + 2 tau / scale) at every particle."""
-    training = stage(log_density=True, jko_steps=5, curriculum=0.0, tau=0.1)
+    """What the buffer makes of a state is what the network makes of its cloud, when told the log densities of that."""
+    training = stage(log_density=True, jko_steps=5, curriculum=0.0, untold=1e-9)
     training.states.share.fill_(1.0)
+    network = training.networks["operator"]
     with torch.no_grad():
-        training.networks["operator"].affine.bias[0] = 2.0
-    before, seen = training.states.log_rho.clone(), training.states.x[:4, :32].clone()
+        network.affine.weight.normal_(0, 0.1), network.head[-1].weight.normal_(0, 0.1)
+    x, log_rho = training.states.x[:4].clone(), training.states.log_rho[:4].clone()
+    advance, flat = training.states.advance, lambda x, *_: torch.zeros(len(x)).double()  # no state is dropped
+    training.states.advance = lambda move, count, horizon, _: advance(move, count, horizon, flat)
     training.objective(training.networks, Part(8, 8), generator_for(0, "test"))
-    scale = seen.var((1, 2), correction=0).sqrt()
-    fall = before[:4] - training.states.log_rho[:4]
-    assert torch.allclose(fall, (1 + 0.2 / scale).log()[:, None].expand(4, 64), atol=1e-5)
+    moved, after = push(network, x, 0.1, log_rho, x[:, :32], known=log_rho[:, :32])
+    assert torch.allclose(training.states.x[:4], moved, atol=1e-5)
+    assert torch.allclose(training.states.log_rho[:4], after, atol=1e-4)
+    assert (push(network, x, 0.1, particles=x[:, :32])[0] - moved).abs().max() > 1e-3
+
+
+class Wrapped(torch.nn.Module):
+    """As what several processes make of a network: nothing but forward and the parameters passes."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *given, **named):
+        return self.inside(*given, **named)
+
+
+@pytest.mark.parametrize("log_density", [False, True])
+def test_the_objective_goes_through_what_wraps_the_network(log_density):
+    training = stage(log_density=log_density)
+    wrapped = {"operator": Wrapped(training.networks["operator"])}
+    values = [float(training.objective(given, Part(3, 8), generator_for(0, "t", 3))[0].detach())
+              for given in (wrapped, training.networks)]  # fmt: skip
+    assert values[0] == values[1]
 
 
 def test_training_comes_near_the_exact_steps_of_heat(tmp_path):

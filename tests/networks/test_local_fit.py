@@ -73,6 +73,22 @@ def test_points_whose_density_is_not_known_are_left_out():
     assert off.sqrt() < 0.25  # also at the points themselves
 
 
+def test_far_too_wide_clouds_and_large_constants_neither_fail_nor_lose_the_fit():
+    x, log_rho, _ = mixture(400)
+    found = fitted(x, log_rho, width(0.3))
+    assert torch.allclose(fitted(x, log_rho + 1e6, width(0.3)).columns, found.columns, atol=1e-5)
+    assert fitted(1e12 * x, log_rho, width(0.3)).columns.isfinite().all()
+    wide = fitted(100 * x, log_rho, width(0.3))  # each particle alone: nothing to fit, and no noise in its place
+    assert wide.at(100 * x).abs().max() < 0.01
+
+
+def test_told_is_the_share_of_what_is_known():
+    x, log_rho, _ = mixture(400)
+    log_rho[:100] = math.nan
+    assert float(fitted(x, log_rho, width(0.3)).told) == 0.75
+    assert float(fitted(x, torch.full((400,), math.nan), width(0.3)).told) == 0
+
+
 def test_where_nothing_is_known_marks_are_zero():
     x = cloud(3, 20, 2)
     assert not fitted(x, torch.full((3, 20), math.nan), width(0.4, 3)).columns.any()

@@ -146,8 +146,7 @@ def clouds(
 
     n), float32. The ``first`` of them (default: n) are ``Members.cloud``, half of the smooth ones in the plane and in
     space ``Members.net``, and in place of a share ``independent`` of the smooth ones as many independent points, their
-    weights 1; the others go on in a Sobol net of the cube and reach
-    ``tails`` times as far, by ``push_wide``.
+    weights 1; the others go on in a Sobol net of the cube and reach ``tails`` times as far, by ``push_wide``.
     """
     family_of, first = torch.randint(len(families), (count,), generator=generator), n if first is None else first
     x, log_rho, score = torch.empty(count, n, dimension), torch.empty(count, n), torch.empty(count, n, dimension)

@@ -19,15 +19,8 @@ from gengrad.flows.operator import push
 from gengrad.functionals import Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.methods import JKOOperator, Part, Problem
 from gengrad.methods.jko_affine import JKOProblem
-from gengrad.methods.jko_operator import (
-    OperatorStage,
-    evened,
-    loss_by_log_det,
-    loss_by_score,
-    pushed_density,
-    step_loss,
-    taken,
-)
+from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, pushed_density, step_loss, taken
+from gengrad.methods.operator_stage import OperatorStage
 from gengrad.networks import SetOperator
 from gengrad.registry import DATASETS
 

@@ -1,0 +1,197 @@
+"""The training of a learned JKO operator: batches of fresh measures and of those that it has moved so far."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gengrad.data.draws import generator_for
+from gengrad.data.families import clouds
+from gengrad.flows.density_cloud import standing_for
+from gengrad.flows.operator import OperatorTransport, energies_of, family_of, push, rollout
+from gengrad.flows.transports import Transport
+from gengrad.functionals.base import Functional
+from gengrad.functionals.expression import build_expression, has_pairs, reweighted, takes, told
+from gengrad.methods.base import Part, Problem, Stage
+from gengrad.methods.jko_affine import JKOProblem
+from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, pushed_density, step_loss, taken
+from gengrad.methods.state_buffer import StateBuffer
+from gengrad.networks.kernels import Marks
+from gengrad.networks.set_operator import FOLD
+from gengrad.registry import Settings, settings_of
+
+SEEN = 256  # fresh measures by which the range of the training family is told
+EVERY = 8  # optimiser steps between two pushes of a part of the buffer
+
+
+def _between(low: float, high: float, generator: torch.Generator) -> float:
+    """Drawn evenly in the logarithm."""
+    return math.exp(math.log(low) + math.log(high / low) * float(torch.rand((), generator=generator)))
+
+
+def _rows(values: Tensor | Marks | None, which: Tensor) -> Tensor | Marks | None:
+    return values.rows(which) if isinstance(values, Marks) else None if values is None else values[which]
+
+
+class OperatorStage(Stage):
+    """The operator's training: batches of measures, of which the buffer's grow older as the operator moves them."""
+
+    name = "operator"
+
+    def __init__(self, problem: Problem, config: Settings):
+        self.problem, self.config, self.steps = problem, config, problem.steps
+        network = problem.make_network().to(problem.device)
+        self.networks, self.averages = {"operator": network}, {}
+        self.samples = torch.empty(0, *problem.target.event_shape)
+        if takes(config.functional, "samples"):
+            generator = generator_for(problem.seed, "functional/target")
+            self.samples = problem.target.sample(config.target_samples, generator)
+        self.functional = self._functional(config.functional)
+        self.d, self.seen = problem.target.event_shape[0], config.seen or config.particles
+        self.size = self.seen + config.particles
+        self.states = StateBuffer(self._clouds, config.buffer, self._energy, problem.seed)
+
+    def objective(
+        self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        if self.config.rollout and part.piece == 0 and part.step and part.step % EVERY == 0:
+            self._advance(part)
+        *batch, ages = self._batch(part, generator)
+        jko, network = self._problem(generator), networks["operator"]
+        seen, (x, log_rho, score, weight) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
+        known = self._known(batch[1], self._told(part.size, generator)[part.rows()])
+        if not jko.needs_density:
+            loss = step_loss(jko, x, network(x, seen, jko.tau, jko.weights))
+        elif has_pairs(jko.functional):
+            loss = loss_by_log_det(jko, network, x, seen, log_rho, known)
+        else:
+            loss = self._mixed(jko, network, x, seen, log_rho, score, weight, known)
+        dropped = self.states.dropped / max(self.states.advanced, 1)
+        return loss, {"age": float(ages.float().mean()), "horizon": self._horizon(part.step), "dropped": dropped}
+
+    def _mixed(self, jko: JKOProblem, network: nn.Module, *batch: Tensor) -> Tensor:
+        """The loss by scores where measures have one, and by log det for the others, each by its share."""
+        x, seen, log_rho, score, weight, known = batch
+        if known is not None:
+            known = self.networks["operator"].marks(seen, jko.tau, known)  # what wraps it passes forward alone
+        moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score, known)
+        smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
+        total = x.new_zeros(())
+        if smooth.any():
+            given = (_rows(values, smooth) for values in (x, seen, log_rho, moved, det, after, weight, known))
+            total = total + smooth.double().mean().float() * loss_by_score(jko, network, *given)
+        if not smooth.all():
+            # where a map folds far out, those few particles are what it is to learn: none weighs less there
+            given = (_rows(values, ~smooth) for values in (x, seen, log_rho, known))
+            total = total + (~smooth).double().mean().float() * loss_by_log_det(jko, network, *given)
+        return total
+
+    def _told(self, count: int, generator: torch.Generator) -> Tensor:
+        """Which of so many measures (count, 1) the network is told the log densities of."""
+        if not self.networks["operator"].config.log_density:
+            return torch.zeros(count, 1, dtype=torch.bool)
+        return torch.rand(count, 1, generator=generator) >= self.config.untold
+
+    def _known(self, log_rho: Tensor, told: Tensor) -> Tensor | None:
+        """log rho at the context's particles of the ``told`` measures, NaN for others; None where none is taken."""
+        if not self.networks["operator"].config.log_density:
+            return None
+        return torch.where(told.to(log_rho.device), log_rho[:, : self.seen], math.nan)
+
+    def _batch(self, part: Part, generator: torch.Generator) -> list[Tensor]:
+        """Clouds, log densities, scores, weights and ages: this process's rows of the batch, fresh measures first."""
+        fresh = part.size if not self.config.rollout else math.ceil(self.config.fresh * part.size)
+        batch = [*self._clouds(fresh, generator), torch.zeros(fresh, dtype=torch.long)]
+        if fresh < part.size:
+            rows, states = self.states.pick(part.size - fresh, generator), self.states
+            older = (states.x, states.log_rho, states.score, states.weight, states.age)
+            batch = [torch.cat([new, old[rows]]) for new, old in zip(batch, older)]
+        return [values[part.rows()].to(self.problem.device) for values in batch]
+
+    def _clouds(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fresh measures; what every particle meets every other in takes them as they are, without weights."""
+        weighed = self.functional.needs_density and not has_pairs(self.functional)
+        tails = self.config.tails if weighed else 1.0
+        given = {"first": self.seen, "tails": tails, "independent": self.config.independent}
+        return clouds(self.config.initial, count, self.size, self.d, generator, **given)
+
+    def _advance(self, part: Part) -> None:
+        network = self.averages.get("operator") if self.config.average else None
+        network = network or self.networks["operator"]
+        generator = generator_for(self.problem.seed, "operator/tau", part.step)
+        jko = self._problem(generator)
+        device = self.problem.device
+
+        def move(*state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x, seen = state[0].to(device), state[0][:, : self.seen].to(device)
+            if not self.functional.needs_density:
+                y = push(network, x, jko.tau, particles=seen, weights=jko.weights)[0]
+                return y.cpu(), state[1], state[2]
+            known = self._known(state[1].to(device), self._told(len(x), generator))
+            own = None  # nobody asks for densities at the context's particles
+            if known is not None:
+                own, known = state[1][:, : self.seen].to(device), network.marks(seen, jko.tau, known)
+            ahead, carried = push(network, seen, jko.tau, own, seen, jko.weights, known)
+            x, log_rho, score = (values[:, self.seen :].to(device) for values in state)
+            y, det, after = pushed_density(network, x, seen, jko, score, known)
+            # a fold has a NaN, so that the state is dropped
+            carried = state[1][:, : self.seen] if carried is None else carried
+            both = (ahead, y), (carried, log_rho - det.log()), (state[2][:, : self.seen], after)
+            return tuple(torch.cat([half.cpu() for half in halves], 1) for halves in both)
+
+        count = max(1, self.config.buffer // 4)
+        energy = partial(self._energy, functional=jko.functional) if self.config.weights else None
+        self.states.advance(move, count, self._horizon(part.step), energy)
+
+    def _horizon(self, step: int) -> int:
+        """From 1 to ``jko_steps`` over the curriculum's share of the training."""
+        share = step / (self.config.curriculum * self.steps) if self.config.curriculum else 1.0
+        return 1 + math.floor((self.config.jko_steps - 1) * min(1.0, share))
+
+    def _functional(self, terms: list[dict]) -> Functional:
+        samples = self.samples.to(self.problem.device) if len(self.samples) else None
+        return build_expression(terms, self.problem.target, samples)
+
+    def _problem(self, generator: torch.Generator) -> JKOProblem:
+        """The step that this batch is trained on, or moved by: tau and weights evenly in their logarithms."""
+        tau, functional, weights = self.config.tau, self.functional, ()
+        if self.config.taus is not None:
+            tau = _between(*self.config.taus, generator)
+        if self.config.weights:
+            drawn = {name: _between(*ends, generator) for name, ends in self.config.weights.items()}
+            weights = tuple(drawn.values())
+            functional = self._functional(reweighted(self.config.functional, drawn))
+        return JKOProblem(functional, tau, weights)
+
+    @torch.no_grad()
+    def _energy(self, x: Tensor, log_rho: Tensor, weight: Tensor, functional: Functional | None = None) -> Tensor:
+        numbers = evened(weight[:, self.seen :])
+        x, log_rho = (taken(values[:, self.seen :], numbers).to(self.problem.device) for values in (x, log_rho))
+        return energies_of(functional or self.functional, x, log_rho)
+
+    def state(self) -> dict:
+        return {"states": self.states.state()}
+
+    def load_state(self, state: dict) -> None:
+        self.states.load_state(state["states"])
+
+    @torch.no_grad()
+    def transport(self, networks: dict[str, nn.Module]) -> Transport:
+        """The operator, with the source's cloud moved by it as the anchors of samples."""
+        c, p, network = self.config, self.problem, networks["operator"]
+        x = standing_for(p.source, c.anchors, p.seed, "operator/anchors")
+        known = None
+        if network.config.log_density and hasattr(p.source, "log_density"):
+            known = p.source.log_density(x).float().to(p.device)
+        weights = told(c.functional, c.weights)
+        anchors, known = rollout(network, x.float().to(p.device), c.tau, c.jko_steps, weights, known)
+        fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
+        family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
+        data = settings_of(p.target) if takes(c.functional, "density") else None
+        samples = self.samples.to(p.device)
+        known = None if known is None else known[:-1]
+        settings = (c.tau, c.functional, data, family, c.taus, c.weights, known)
+        return OperatorTransport(network, anchors[:-1], samples, *settings)

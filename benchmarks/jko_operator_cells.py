@@ -31,11 +31,14 @@ CASES: dict[str, tuple[str, dict]] = {
         "fokker_planck",
         {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}},
     ),
-    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 2000}}),
+    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}}),
     "porous_medium_1": ("porous_medium", {}),
     "porous_medium_2": ("porous_medium", {"source": {"dimension": 2}, "data": PLANE}),
     "aggregation_1": ("aggregation", {}),
-    "aggregation_2": ("aggregation", {"source": {"name": "ball", "dimension": 2}, "data": PLANE}),
+    "aggregation_2": (
+        "aggregation",
+        {"source": {"name": "ball", "dimension": 2}, "data": PLANE, "train": {"steps": 16000}},
+    ),
     "attraction_repulsion_2": ("attraction_repulsion", {}),
     "sinkhorn_2": ("sinkhorn", {}),
 }

@@ -61,22 +61,30 @@ class OperatorStage(Stage):
             self._advance(part)
         *batch, ages = self._batch(part, generator)
         jko, network = self._problem(generator), networks["operator"]
-        seen, (x, log_rho, score, weight) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
-        known = self._known(batch[1], self._told(part.size, generator)[part.rows()])
-        if not jko.needs_density:
-            loss = step_loss(jko, x, network(x, seen, jko.tau, jko.weights))
-        elif has_pairs(jko.functional):
-            loss = loss_by_log_det(jko, network, x, seen, log_rho, known)
-        else:
-            loss = self._mixed(jko, network, x, seen, log_rho, score, weight, known)
+        which = self._told(part.size, generator)[part.rows()].to(batch[0].device)
+        # parameters that no measure asks for have a gradient too, a zero: several processes wait for all of them
+        loss = 0.0 * sum(p.sum() for p in network.parameters())
+        for rows, known in ((which, True), (~which, False)):
+            if rows.any():
+                some = self._loss(jko, network, *(values[rows] for values in batch), told=known)
+                loss = loss + rows.double().mean().float() * some
         dropped = self.states.dropped / max(self.states.advanced, 1)
         return loss, {"age": float(ages.float().mean()), "horizon": self._horizon(part.step), "dropped": dropped}
+
+    def _loss(self, jko: JKOProblem, network: nn.Module, *batch: Tensor, told: bool) -> Tensor:
+        """The loss of measures whose log densities the network is ``told``, all of them, or not."""
+        seen, (x, log_rho, score, weight) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
+        if not jko.needs_density:
+            return step_loss(jko, x, network(x, seen, jko.tau, jko.weights))
+        # what wraps the network passes forward alone
+        known = self.networks["operator"].marks(seen, jko.tau, batch[1][:, : self.seen]) if told else None
+        if has_pairs(jko.functional):
+            return loss_by_log_det(jko, network, x, seen, log_rho, known)
+        return self._mixed(jko, network, x, seen, log_rho, score, weight, known)
 
     def _mixed(self, jko: JKOProblem, network: nn.Module, *batch: Tensor) -> Tensor:
         """The loss by scores where measures have one, and by log det for the others, each by its share."""
         x, seen, log_rho, score, weight, known = batch
-        if known is not None:
-            known = self.networks["operator"].marks(seen, jko.tau, known)  # what wraps it passes forward alone
         moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score, known)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
@@ -90,16 +98,10 @@ class OperatorStage(Stage):
         return total
 
     def _told(self, count: int, generator: torch.Generator) -> Tensor:
-        """Which of so many measures (count, 1) the network is told the log densities of."""
+        """Which of so many measures (count,) the network is told the log densities of."""
         if not self.networks["operator"].config.log_density:
-            return torch.zeros(count, 1, dtype=torch.bool)
-        return torch.rand(count, 1, generator=generator) >= self.config.untold
-
-    def _known(self, log_rho: Tensor, told: Tensor) -> Tensor | None:
-        """log rho at the context's particles of the ``told`` measures, NaN for others; None where none is taken."""
-        if not self.networks["operator"].config.log_density:
-            return None
-        return torch.where(told.to(log_rho.device), log_rho[:, : self.seen], math.nan)
+            return torch.zeros(count, dtype=torch.bool)
+        return torch.rand(count, generator=generator) >= self.config.untold
 
     def _batch(self, part: Part, generator: torch.Generator) -> list[Tensor]:
         """Clouds, log densities, scores, weights and ages: this process's rows of the batch, fresh measures first."""
@@ -123,28 +125,38 @@ class OperatorStage(Stage):
         network = network or self.networks["operator"]
         generator = generator_for(self.problem.seed, "operator/tau", part.step)
         jko = self._problem(generator)
-        device = self.problem.device
 
-        def move(*state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x, seen = state[0].to(device), state[0][:, : self.seen].to(device)
-            if not self.functional.needs_density:
-                y = push(network, x, jko.tau, particles=seen, weights=jko.weights)[0]
-                return y.cpu(), state[1], state[2]
-            known = self._known(state[1].to(device), self._told(len(x), generator))
-            own = None  # nobody asks for densities at the context's particles
-            if known is not None:
-                own, known = state[1][:, : self.seen].to(device), network.marks(seen, jko.tau, known)
-            ahead, carried = push(network, seen, jko.tau, own, seen, jko.weights, known)
-            x, log_rho, score = (values[:, self.seen :].to(device) for values in state)
-            y, det, after = pushed_density(network, x, seen, jko, score, known)
-            # a fold has a NaN, so that the state is dropped
-            carried = state[1][:, : self.seen] if carried is None else carried
-            both = (ahead, y), (carried, log_rho - det.log()), (state[2][:, : self.seen], after)
-            return tuple(torch.cat([half.cpu() for half in halves], 1) for halves in both)
+        def move(*state: Tensor) -> tuple[Tensor, ...]:
+            which = self._told(len(state[0]), generator)
+            after = tuple(torch.empty_like(values) for values in state)
+            for rows, known in ((which, True), (~which, False)):
+                if rows.any():
+                    given = (values[rows].to(self.problem.device) for values in state)
+                    for values, new in zip(after, self._moved(network, jko, *given, told=known)):
+                        values[rows] = new.cpu()
+            return after
 
         count = max(1, self.config.buffer // 4)
         energy = partial(self._energy, functional=jko.functional) if self.config.weights else None
         self.states.advance(move, count, self._horizon(part.step), energy)
+
+    def _moved(
+        self, network: nn.Module, jko: JKOProblem, x: Tensor, log_rho: Tensor, score: Tensor, told: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x, log rho and score of states after a step, of which the network is ``told`` the log densities or not."""
+        seen, n, known = x[:, : self.seen], self.seen, None
+        if not self.functional.needs_density:
+            return push(network, x, jko.tau, particles=seen, weights=jko.weights)[0], log_rho, score
+        own = None  # of networks that take none nobody asks for log densities at the context's particles
+        if network.config.log_density:
+            own = log_rho[:, :n]
+            known = network.marks(seen, jko.tau, own) if told else None
+        ahead, carried = push(network, seen, jko.tau, own, seen, jko.weights, known)
+        y, det, after = pushed_density(network, x[:, n:], seen, jko, score[:, n:], known)
+        # a fold has a NaN, so that the state is dropped
+        carried = log_rho[:, :n] if carried is None else carried
+        both = (ahead, y), (carried, log_rho[:, n:] - det.log()), (score[:, :n], after)
+        return tuple(torch.cat(halves, 1) for halves in both)
 
     def _horizon(self, step: int) -> int:
         """From 1 to ``jko_steps`` over the curriculum's share of the training."""

@@ -17,17 +17,15 @@ class Marks:
     """What particles know of their measure's log density, as ``local_fit.fitted`` finds it.
 
     ``columns`` (..., N, d + d (d + 1) / 2): the score s_i and the Hessian H_i there as the line s_i + H_i (x - x_i) =
-    b_i + H_i x, of which b_i and the upper triangle of H_i; ``unit`` (..., 1, 1): the length in which they are seen;
-    ``told`` (..., 1, 1): the share of the cloud's particles whose log density is known.
+    b_i + H_i x, of which b_i and the upper triangle of H_i; ``unit`` (..., 1, 1): the length in which they are seen.
     """
 
     columns: Tensor
     unit: Tensor
-    told: Tensor
 
     def rows(self, which: Tensor) -> Marks:
         """Those of some of the clouds."""
-        return Marks(self.columns[which], self.unit[which], self.told[which])
+        return Marks(self.columns[which], self.unit[which])
 
     @torch.autocast("cpu", enabled=False)  # b + H x cancels
     @torch.autocast("cuda", enabled=False)

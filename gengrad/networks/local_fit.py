@@ -1,83 +1,77 @@
-"""The score and the Hessian of a log density that is known at the points of a cloud, by local quadratic regression."""
+"""The score and the Hessian of a log density that is known at the points of a cloud, by local cubic regression."""
 
 from __future__ import annotations
+
+import math
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 
-from gengrad.kernel_moments import KernelMoments
 from gengrad.networks.kernels import Marks, whole
 
-# what a squared slope over a width, and a squared second derivative over its square, weigh beside a squared error: the
-# values have no noise, but where few particles are near a fit would turn wildly
-SLOPE, BEND = 1e-3, 1e-2
-NOBODY = 1e-9  # added to the share of a kernel's particles whose log density is known, and the price of the constant
+DEGREE = 3
+# what a squared coefficient weighs beside the mean squared error, in units of the distance to the farthest neighbour:
+# the values have no noise, and so small a price counts only where neighbours are too few or in line
+PRICE = 1e-6
+TILE = 2**22  # distances held at once
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # powers of coordinates that cancel each other need double precision
+@torch.autocast("cpu", enabled=False)  # differences of log densities that are nearly the same
 @torch.autocast("cuda", enabled=False)
-def fitted(particles: Tensor, log_density: Tensor, h: Tensor) -> Marks:
+def fitted(particles: Tensor, log_density: Tensor, unit: Tensor) -> Marks:
     """The marks of particles (..., N, d) of which log rho (..., N) is known; NaN and infinite where it is not.
 
-    At each particle x_i the polynomial p(z) = c + s'z + z'Hz / 2 of z = x_j - x_i that minimises
-    E[k_h(z) (p(z) - log rho(x_j))^2] over the particles of which it is known, plus E[k_h] (``SLOPE`` |h s|^2 + ``BEND``
-    times the squares of the coefficients of z_a z_b / h^2): local quadratic regression (Fan and Gijbels, *Local
-    Polynomial Modelling and Its Applications*, 1996, section 3.1) of values without noise, so that it matters little
-    how the points lie. ``h`` (..., 1, 1) is the width of the Gaussian kernel and the unit of the marks, which are zero
-    where nothing is known, and where the fit is not finite.
+    At each particle x_i the cubic p(z) of z = x_j - x_i with p(0) = log rho(x_i) that minimises
+    E[w_ij (p(z) - log rho(x_j))^2] + ``PRICE`` |coefficients|^2 over its nearest neighbours, twice as many as a cubic
+    has coefficients: local polynomial regression (Fan and Gijbels, *Local Polynomial Modelling and Its Applications*,
+    1996, section 3.1) with the nearest neighbours' weights of Cleveland (1979), here w = exp(-2 |z|^2 / r_i^2) where
+    r_i is the distance to the farthest of them. The values have no noise, so it matters little how the points lie, and
+    nothing is smoothed over more than a few of them. Points that come several times count once; particles whose log
+    density is not known have the marks of the nearest one that knows it, and where nobody does, they are zero.
+    ``unit`` (..., 1, 1): in which marks are seen.
     """
-    d, dtype = particles.shape[-1], particles.dtype
-    x, known = particles.double(), log_density.isfinite()[..., None].double()
-    h, told = h.double().expand(*x.shape[:-2], 1, 1), known.mean(-2, keepdim=True)
-    if not known.any():
-        columns = torch.zeros(*x.shape[:-1], d * (d + 3) // 2, dtype=dtype, device=x.device)
-        return Marks(columns, h.to(dtype), told.to(dtype))
-    values = torch.where(known > 0, log_density.double()[..., None], 0.0)
-    values = values - values.mean(-2, keepdim=True) / told.clamp_min(NOBODY)  # a constant says nothing and costs digits
-    basis = _basis(x)
-    terms = basis.shape[-1]
-    rows, columns = torch.triu_indices(terms, terms, device=x.device)
-    sums = known * torch.cat([basis[..., rows] * basis[..., columns], basis * values], -1)
-    flat = [z.reshape(-1, *z.shape[-2:]) for z in (x, h, sums)]
-    found = KernelMoments.apply(flat[0], flat[0], flat[1], 1, 1, flat[2])[0, ..., 1 + d :]
-    found = found.reshape(*x.shape[:-1], -1)
-    normal = found.new_empty(*x.shape[:-1], terms, terms)
-    normal[..., rows, columns] = normal[..., columns, rows] = found[..., : len(rows)]
-    to_own = _shift(x, h)  # the basis around each particle, in units of h
-    normal, right = to_own @ normal @ to_own.mT, (to_own @ found[..., len(rows) :, None])[..., 0]
-    count = normal[..., :1, 0] + NOBODY
-    right = right - normal[..., 0] * right[..., :1] / count  # about the mean of the values: the constant has no price
-    price = torch.full((terms,), BEND, dtype=x.dtype, device=x.device)
-    price[0], price[1 : 1 + d] = NOBODY, SLOPE
-    # a cloud that is far wider than h is singular up to rounding; no error then, for training passes over such states
-    found = torch.linalg.solve_ex(normal / count[..., None] + torch.diag(price), right / count)[0]
-    score = found[..., 1 : 1 + d] / h
-    rows, columns = torch.triu_indices(d, d, device=x.device)
-    hessian = found[..., 1 + d :] * (1 + (rows == columns).to(found)) / h**2  # z_a^2 has the coefficient H_aa / 2
-    start = score - (whole(hessian, d) @ x[..., None])[..., 0]
-    return Marks(torch.cat([start, hessian], -1).nan_to_num(0.0, 0.0, 0.0).to(dtype), h.to(dtype), told.to(dtype))
+    (n, d), sets = particles.shape[-2:], particles.shape[:-2]
+    rows = zip(particles.reshape(-1, n, d).double(), log_density.reshape(-1, n).double())
+    columns = torch.stack([_columns(*row) for row in rows]).view(*sets, n, -1)
+    return Marks(columns.to(particles), unit.expand(*sets, 1, 1))
 
 
-def _basis(x: Tensor) -> Tensor:
-    """1, the coordinates, their products: (..., 1 + d + d (d + 1) / 2)."""
-    rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1])
-    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., rows] * x[..., columns]], -1)
+def _columns(x: Tensor, log_rho: Tensor) -> Tensor:
+    """``Marks.columns`` (N, d + d (d + 1) / 2) of one cloud."""
+    d, known = x.shape[-1], log_rho.isfinite()
+    points, which = torch.unique(x[known], dim=0, return_inverse=True)
+    if len(points) < 2:
+        return x.new_zeros(len(x), d * (d + 3) // 2)
+    values = x.new_empty(len(points)).index_put((which,), log_rho[known])
+    exponents = [c for k in range(1, DEGREE + 1) for c in combinations_with_replacement(range(d), k)]
+    count = min(2 * (len(exponents) + 1), len(points))
+    tile = max(1, TILE // len(points))
+    found = torch.cat([_fit(block, points, values, count, exponents) for block in points.split(tile)])
+    columns = found.new_empty(len(x), found.shape[-1])
+    columns[known] = found[which]
+    if not known.all():
+        near = [torch.cdist(block, points).argmin(-1) for block in x[~known].split(tile)]
+        columns[~known] = found[torch.cat(near)]
+    return columns
 
 
-def _shift(x: Tensor, h: Tensor) -> Tensor:
-    """(..., N, terms, terms) that takes the basis at s to the one at (s - x) / h."""
+def _fit(x: Tensor, points: Tensor, values: Tensor, count: int, exponents: list[tuple[int, ...]]) -> Tensor:
+    """The columns of some of the ``points``, (n, d + d (d + 1) / 2), by ``count`` of these around each, itself one."""
     d = x.shape[-1]
-    pairs = torch.triu_indices(d, d).T.tolist()
-    shift = torch.zeros(*x.shape[:-1], *[1 + d + len(pairs)] * 2, dtype=x.dtype, device=x.device)
-    h = h[..., 0]
-    shift[..., 0, 0] = 1
-    for a in range(d):
-        shift[..., 1 + a, 1 + a] = 1 / h
-        shift[..., 1 + a, 0] = -x[..., a] / h
-    for row, (a, b) in enumerate(pairs, 1 + d):
-        shift[..., row, row] = 1 / h**2
-        shift[..., row, 1 + a] -= x[..., b] / h**2
-        shift[..., row, 1 + b] -= x[..., a] / h**2
-        shift[..., row, 0] = x[..., a] * x[..., b] / h**2
-    return shift
+    exact = "donot_use_mm_for_euclid_dist"  # of a difference of squares little is left between near points
+    distance, near = torch.cdist(x, points, compute_mode=exact).topk(count, largest=False)
+    reach = distance[:, -1:]
+    z = (points[near] - x[:, None]) / reach[..., None]
+    rise = values[near] - values[near[:, :1]]
+    weight = (-2 * z.square().sum(-1)).exp()
+    weight = weight / weight.sum(-1, keepdim=True)
+    terms = torch.stack([math.prod(z[..., a] for a in chosen) for chosen in exponents], -1)
+    weighed = (weight[..., None] * terms).mT
+    price = PRICE * torch.eye(len(exponents), dtype=x.dtype, device=x.device)
+    found = torch.linalg.solve_ex(weighed @ terms + price, weighed @ rise[..., None])[0][..., 0]
+    rows, columns = torch.triu_indices(d, d, device=x.device)
+    bends = found[:, d : d + len(rows)] * (1 + (rows == columns).to(found)) / reach**2  # z_a^2 has H_aa / 2
+    start = found[:, :d] / reach - (whole(bends, d) @ x[..., None])[..., 0]
+    return torch.cat([start, bends], -1).nan_to_num(0.0, 0.0, 0.0)

@@ -26,10 +26,10 @@ class Context:
     """What a map knows of a measure; leading dimensions (...) are those of the clouds, none or (sets,).
 
     ``mean`` (..., 1, d), ``scale`` (..., 1, 1): of the cloud; ``known`` (..., 1, f): its moments and, where asked for,
-    log tau, the logarithms of the energy's weights and whether its log density is known; ``away`` (..., N, d): the
-    particles, shifted and scaled by mean and scale, ``marks`` what they know of the log density; ``keys``, ``values``
-    (..., heads, tokens, width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d), ``ascent`` (..., 1, kernels, or
-    twice as many with marks): coefficients.
+    log tau and the logarithms of the energy's weights; ``away`` (..., N, d): the particles, shifted and scaled by mean
+    and scale, ``marks`` what they know of the log density, if it is known; ``keys``, ``values`` (..., heads, tokens,
+    width / heads); ``linear`` (..., d, d), ``shift`` (..., 1, d), ``ascent`` (..., 1, kernels, or twice as many with
+    marks): coefficients.
     """
 
     mean: Tensor
@@ -115,10 +115,10 @@ class SetOperator(nn.Module, Configured):
     map and the last perceptron are sums of two, one of them in units of 1 / scale of the cloud. Equivariant under
     permutations of the cloud, unchanged when all of it comes twice; x need not be in the cloud. ``on_tau``: the context
     takes log tau too, so that one network serves many tau; ``on_weights``: so many weights of the energy, by their
-    logarithms; ``log_density``: it takes log rho at the particles, if that is known, and sees at x the scores and
-    Hessians that are ``fitted`` to it, over the same widths as the density; ``translation_equivariant``: T(x + a; mu
-    shifted by a) = T(x; mu) + a. Differentiable in its weights, and once in x; not in the cloud where ``kernels`` see
-    it.
+    logarithms; ``log_density``: it takes log rho at the particles and sees at x the scores and Hessians that are
+    ``fitted`` to it, over the same widths as the density; clouds of which it is not known are moved by a network of
+    their own inside, ``blind``. ``translation_equivariant``: T(x + a; mu shifted by a) = T(x; mu) + a. Differentiable
+    in its weights, and once in x; not in the cloud where ``kernels`` see it.
     """
 
     learns = "operator"
@@ -153,7 +153,7 @@ class SetOperator(nn.Module, Configured):
         c, d, parts = self.config, self.d, 1 + self.config.scaled
         self.located = 0 if c.translation_equivariant else d  # coordinates that say where: of x, and of the mean
         marks = d * (d + 3) // 2 if c.log_density else 0  # of a particle: its score, half of its Hessian
-        known = self.located + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights + c.log_density
+        known = self.located + 1 + d * (d + 1) // 2 + c.on_tau + c.on_weights
         vectors = c.kernels * (1 + c.log_density)  # at each point
         self.local = c.kernels * (1 + d + marks)
         self.particle = perceptron(self.located + d + known + marks, c.width, 1, c.width, "silu")
@@ -167,6 +167,9 @@ class SetOperator(nn.Module, Configured):
         with torch.no_grad():
             for parameter in (*self.affine.parameters(), *self.head[-1].parameters()):
                 parameter.zero_()
+        self.blind = None
+        if c.log_density:  # what it takes to see a score in a cloud's noise is of no use to who is told the score
+            self.blind = SetOperator(c.model_copy(update={"log_density": False}), event_shape=self.event_shape)
 
     def context(
         self, particles: Tensor, tau: float, weights: Sequence[float] = (), log_density: Tensor | Marks | None = None
@@ -174,8 +177,9 @@ class SetOperator(nn.Module, Configured):
         """The context of clouds (..., N, d) for a step of length ``tau`` of an energy with these ``weights``.
 
         ``log_density`` (..., N): log rho at the particles, NaN where it is not known, or the ``marks`` of it, for
-        networks that take it; others ignore it. Raises ``ValueError`` where tau is none, or for other weights than so
-        many as ``on_weights``.
+        networks that take it; others ignore it. Without, or where all of it is NaN, the context is that of ``blind``.
+        Raises ``ValueError`` where tau is none, for other weights than so many as ``on_weights``, and where log
+        densities are known of some of the clouds alone.
         """
         if tau is None or not 0 < tau < math.inf:
             raise ValueError(f"a step of an operator has a length tau > 0; got {tau}")
@@ -183,6 +187,11 @@ class SetOperator(nn.Module, Configured):
             raise ValueError(
                 f"this operator is told {self.config.on_weights} weights of the energy; got {len(weights)}"
             )
+        marks, own = log_density if self.blind is not None else None, []
+        if isinstance(marks, Tensor):
+            marks = self.marks(particles, tau, marks)
+        if self.blind is not None and marks is None:
+            return self.blind.context(particles, tau, weights)
         mean, scale = _moments(particles)
         away = (particles - mean) / scale
         rows, columns = torch.triu_indices(self.d, self.d)
@@ -191,12 +200,9 @@ class SetOperator(nn.Module, Configured):
         if self.config.on_tau:
             known.append(torch.full_like(scale, math.log(tau)))
         known += [torch.full_like(scale, math.log(weight)) for weight in weights]
-        marks, own = None, []
-        if self.config.log_density:
-            marks = log_density if isinstance(log_density, Marks) else self.marks(particles, tau, log_density)
-            own.append(marks.at(away))
-            known.append(marks.told)
         known = torch.cat(known, -1)
+        if marks is not None:
+            own.append(marks.at(away))
         h = self.particle(self._beside(particles, away, known, *own))
         for level, gather in enumerate(self.gather):
             tokens = gather(self.induced[level].expand(*h.shape[:-2], -1, -1), *gather.seen(h))
@@ -209,11 +215,19 @@ class SetOperator(nn.Module, Configured):
         linear, shift = affine[..., : self.d], affine[..., None, :, self.d]
         return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau, marks)
 
-    def marks(self, particles: Tensor, tau: float, log_density: Tensor | None) -> Marks:
-        """What the particles (..., N, d) know of log rho (..., N): no weight is in it, so it need be found but once."""
+    def marks(self, particles: Tensor, tau: float, log_density: Tensor) -> Marks | None:
+        """What the particles (..., N, d) know of log rho (..., N), none where all of it is NaN; no weight is in it, so
+
+        it need be found but once. Raises ``ValueError`` where that is something for some of the clouds alone.
+        """
+        told = log_density.isfinite().any(-1)
+        if not told.any():
+            return None
+        if not told.all():
+            raise ValueError(
+                f"log densities are known of {int(told.sum())} of {told.numel()} clouds: move the others by themselves"
+            )
         mean, scale = _moments(particles)
-        if log_density is None:
-            log_density = torch.full_like(particles[..., 0], math.nan)
         return fitted((particles - mean) / scale, log_density, (math.sqrt(2 * tau) / scale).clamp_max(WIDEST))
 
     def forward(
@@ -226,7 +240,8 @@ class SetOperator(nn.Module, Configured):
         fixed; raises ``ValueError`` above d = 3, where its determinant is not written out.
         """
         context = measure if isinstance(measure, Context) else self.context(measure, tau, weights, log_density)
-        return self._jacobian(x, context) if jacobian else self._moved(x, context)
+        network = self if self.blind is None or context.marks is not None else self.blind
+        return network._jacobian(x, context) if jacobian else network._moved(x, context)
 
     def _density(self, away: Tensor, context: Context, along: Tensor | None = None) -> tuple:
         """``smoothed`` in the cloud's scale, from twice the width by which the heat flow smooths in a time tau."""

@@ -233,15 +233,27 @@ def test_a_share_of_the_measures_is_told_to_a_network_that_takes_log_densities()
     network = training.networks["operator"]
 
     def heard(module, given, named):
-        asked.extend([named["log_density"]] if "log_density" in named else [])
+        if "log_density" in named:
+            asked.append((len(given[0]), named["log_density"] is not None))
 
     network.register_forward_pre_hook(heard, with_kwargs=True)
     for step in range(40):
         training.objective(training.networks, Part(step, 8), generator_for(0, "test", step))
-    told = torch.cat([marks.told.flatten() for marks in asked])
-    assert 0.65 < float(told.mean()) < 0.85 and set(told.tolist()) == {0.0, 1.0}
+    assert sum(count for count, _ in asked) == 40 * 8
+    assert 0.65 < sum(count for count, told in asked if told) / (40 * 8) < 0.85
     training = stage()  # others are told nothing
-    assert training._known(torch.zeros(8, 64), training._told(8, generator_for(0, "test"))) is None
+    assert not training._told(8, generator_for(0, "test")).any()
+
+
+def test_every_parameter_has_a_gradient_whoever_is_told():
+    """Several processes wait for all of them, also where a batch has no measure for one half of the network."""
+    for untold in (1e-9, 1.0):
+        training = stage(log_density=True, untold=untold)
+        network = training.networks["operator"]
+        training.objective(training.networks, Part(0, 8), generator_for(0, "test"))[0].backward()
+        assert all(p.grad is not None for p in network.parameters())
+        told = [bool(p.grad.any()) for name, p in network.named_parameters() if "head.4" in name and "blind" not in name]
+        assert all(told) == (untold < 1) and any(told) == (untold < 1)
 
 
 def test_the_context_of_a_network_that_takes_log_densities_carries_its_own():

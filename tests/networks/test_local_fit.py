@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gengrad.data.family_members import GaussianMembers
-from gengrad.kernel_moments import TILE, KernelMoments
+from gengrad.kernel_moments import KernelMoments
+from gengrad.networks import local_fit
 from gengrad.networks.kernels import RARE, Marks, smoothed, whole
 from gengrad.networks.local_fit import fitted
 from gengrad.networks.set_operator import SetOperator, determinant
@@ -50,43 +51,65 @@ def test_of_a_gaussian_the_fit_is_its_score_and_its_hessian(d):
     found = fitted(x, log_rho, width(0.5))
     rows, columns = torch.triu_indices(d, d)
     truth = torch.cat([0.5 * (1 - x @ a), -0.25 * a[rows, columns].expand(len(x), -1)], -1)
-    near = (x - 2.0).norm(dim=-1) < 1.4  # the price of bends counts where there are few neighbours
-    assert (found.at(x) - truth)[near].abs().max() < 0.02 * truth.abs().max()
+    off = (found.at(x) - truth).norm(dim=-1) / truth.norm(dim=-1)
+    assert off.median() < 2e-3 and off.quantile(0.95) < (0.02, 0.02, 0.1)[d - 1]  # far out the price counts, a little
 
 
-def test_independent_points_that_know_their_density_know_its_score():
-    """A kernel estimate of the same points is five times as far off: their noise is not in what they know."""
+@pytest.mark.parametrize("narrow", [1.0, 0.01])
+def test_independent_points_that_know_their_density_know_its_score(narrow):
+    """A kernel estimate of the same points is twenty times as far off: their noise is not in what they know."""
     x, log_rho, score = mixture(512)
+    x, score = narrow * x, score / narrow
     found = fitted(x, log_rho, width(0.25)).at(x)[:, :2] / 0.25
-    kernel = smoothed(x, x, width(0.25), 1)[1][:, 0] / 0.25
+    kernel = smoothed(x, x, width(0.25 * narrow), 1)[1][:, 0] / (0.25 * narrow)
     off = [float(((v - score).square().sum(-1).mean() / score.square().sum(-1).mean()).sqrt()) for v in (found, kernel)]
-    assert off[0] < 0.11 and off[1] > 5 * off[0]
+    assert off[0] < 0.025 and off[1] > 20 * off[0]
 
 
-def test_points_whose_density_is_not_known_are_left_out():
+def test_more_points_know_more():
+    off = []
+    for n in (128, 512, 2048):
+        x, log_rho, score = mixture(n)
+        found = fitted(x, log_rho, width(1.0)).at(x)[:, :2]
+        off.append(float(((found - score).norm(dim=-1) / score.norm(dim=-1)).median()))
+    assert off[1] < off[0] / 2 and off[2] < off[1] / 2
+
+
+def test_points_whose_density_is_not_known_have_the_line_of_the_nearest_that_is():
     x, log_rho, score = mixture(512)
     log_rho[::2] = math.nan
     log_rho[1] = math.inf
-    found, without = fitted(x, log_rho, width(0.4)), fitted(x[3::2], log_rho[3::2], width(0.4))
-    assert torch.allclose(found.columns[3::2], without.columns, atol=1e-6)
-    off = (found.at(x)[::2, :2] / 0.4 - score[::2]).square().sum(-1).mean() / score.square().sum(-1).mean()
-    assert off.sqrt() < 0.25  # also at the points themselves
+    known = log_rho.isfinite()
+    found, without = fitted(x, log_rho, width(0.4)), fitted(x[known], log_rho[known], width(0.4))
+    assert torch.equal(found.columns[known], without.columns)
+    assert torch.equal(found.columns[~known], without.columns[torch.cdist(x[~known], x[known]).argmin(-1)])
+    off = (found.at(x)[~known, :2] / 0.4 - score[~known]).square().sum(-1).mean() / score.square().sum(-1).mean()
+    assert off.sqrt() < 0.1
 
 
-def test_far_too_wide_clouds_and_large_constants_neither_fail_nor_lose_the_fit():
+def test_neither_the_size_of_a_cloud_nor_a_large_constant_matters():
     x, log_rho, _ = mixture(400)
     found = fitted(x, log_rho, width(0.3))
     assert torch.allclose(fitted(x, log_rho + 1e6, width(0.3)).columns, found.columns, atol=1e-5)
-    assert fitted(1e12 * x, log_rho, width(0.3)).columns.isfinite().all()
-    wide = fitted(100 * x, log_rho, width(0.3))  # each particle alone: nothing to fit, and no noise in its place
-    assert wide.at(100 * x).abs().max() < 0.01
+    for times in (1e-6, 1e3, 1e12):
+        scaled = fitted(times * x, log_rho, width(0.3 * times))
+        assert torch.allclose(scaled.at(times * x), found.at(x), rtol=1e-6, atol=1e-9)
 
 
-def test_told_is_the_share_of_what_is_known():
-    x, log_rho, _ = mixture(400)
-    log_rho[:100] = math.nan
-    assert float(fitted(x, log_rho, width(0.3)).told) == 0.75
-    assert float(fitted(x, torch.full((400,), math.nan), width(0.3)).told) == 0
+def test_few_points_and_points_in_line_and_copies_fail_nobody():
+    line = torch.linspace(-1.0, 1.0, 40, dtype=torch.float64)[:, None] * torch.tensor([[1.0, 0.5]]).double()
+    seen = fitted(line, -line.square().sum(-1) / 2, width(1.0)).at(line)
+    assert (seen[:, :2] + line)[3:-3].abs().max() < 1e-3  # along the line; across it nothing is known, and it is zero
+    for n in (2, 3, 5):
+        x = cloud(n, 2)
+        assert fitted(x, cloud(n), width(1.0)).columns.isfinite().all()
+    assert not fitted(cloud(1, 2).expand(30, 2), torch.zeros(30).double(), width(1.0)).columns.any()
+    x, log_rho, _ = mixture(100)
+    many = torch.randint(100, (1000,), generator=torch.Generator().manual_seed(0))
+    many[:100] = torch.arange(100)
+    assert torch.allclose(
+        fitted(x[many], log_rho[many], width(1.0)).columns, fitted(x, log_rho, width(1.0)).columns[many]
+    )
 
 
 def test_where_nothing_is_known_marks_are_zero():
@@ -94,11 +117,11 @@ def test_where_nothing_is_known_marks_are_zero():
     assert not fitted(x, torch.full((3, 20), math.nan), width(0.4, 3)).columns.any()
 
 
-@pytest.mark.parametrize("tile", [1, 7, 150, 10**6])
+@pytest.mark.parametrize("tile", [1, 7, 150])
 def test_the_fit_is_the_same_in_tiles_for_batches_repetition_and_shifts(tile, monkeypatch):
     x, log_rho = cloud(3, 30, 2), cloud(3, 30, seed=2)
     whole_ = fitted(x, log_rho, width(0.6, 3))
-    monkeypatch.setitem(TILE, "cpu", tile)
+    monkeypatch.setattr(local_fit, "TILE", tile)
     assert torch.allclose(fitted(x, log_rho, width(0.6, 3)).columns, whole_.columns, atol=1e-9)
     assert torch.allclose(fitted(x[1], log_rho[1], width(0.6)).columns, whole_.columns[1], atol=1e-9)
     twice = fitted(torch.cat([x, x], 1), torch.cat([log_rho, log_rho], 1), width(0.6, 3))
@@ -135,7 +158,7 @@ def test_kernel_moments_of_marks_are_sums_and_have_the_gradient_of_the_points():
 def test_a_point_sees_the_mean_line_of_the_particles_around_it(d):
     x, particles, along = cloud(4, d), cloud(25, d, seed=2), torch.eye(d, dtype=torch.float64)[:, None]
     columns = cloud(25, d * (d + 3) // 2, seed=3)
-    marks, m = Marks(columns, width(0.7), torch.ones(1, 1)), d * (d + 1) // 2
+    marks, m = Marks(columns, width(0.7)), d * (d + 1) // 2
     scalars, vectors, rises, turns = smoothed(x, particles, width(1.0), 2, along, marks)
     plain = smoothed(x, particles, width(1.0), 2, along)
     assert torch.allclose(scalars[:, :2], plain[0], atol=1e-14) and torch.allclose(vectors[:, :2], plain[1], atol=1e-14)
@@ -179,19 +202,24 @@ def test_neither_order_nor_repetition_nor_a_constant_in_the_log_density_matter()
     assert (network(x, x, 0.1, log_density=-log_rho) - moved).abs().max() > 1e-3
 
 
-def test_measures_of_which_nothing_is_told_go_by_their_points():
+def test_clouds_of_which_nothing_is_known_are_moved_by_a_network_of_their_own():
     network, x = operator(), cloud(2, 50, 2)
+    torch.nn.init.normal_(network.blind.head[-1].weight, std=0.3)
+    log_rho = -x.square().sum(-1) / 2
     unknown = torch.full((2, 50), math.nan, dtype=torch.float64)
-    known = torch.stack([unknown[0], -x[1].square().sum(-1) / 2])
-    found = network(x, x, 0.1, log_density=known)
+    moved, jacobian = network(x, x, 0.1, jacobian=True)
+    assert torch.allclose(moved, network.blind(x, x, 0.1), atol=1e-12) and (moved - x).abs().max() > 1e-3
+    assert torch.equal(jacobian, network.blind(x, x, 0.1, jacobian=True)[1])
     assert torch.equal(network(x, x, 0.1, log_density=unknown), network(x, x, 0.1))
-    assert torch.allclose(found[0], network(x, x, 0.1)[0], atol=1e-12)
-    assert (found[1] - network(x, x, 0.1)[1]).abs().max() > 1e-3
+    assert (network(x, x, 0.1, log_density=log_rho) - moved).abs().max() > 1e-3
+    log_rho[0] = math.nan
+    with pytest.raises(ValueError, match="log densities are known of 1 of 2 clouds"):
+        network(x, x, 0.1, log_density=log_rho)
 
 
 def test_marks_that_were_found_before_are_those_found_again():
     network, x, log_rho = operator(), cloud(3, 50, 2), cloud(3, 50, seed=2)
-    log_rho[1] = math.nan
+    log_rho[1, :20] = math.nan
     marks = network.marks(x, 0.1, log_rho)
     moved = network(x, x, 0.1, log_density=log_rho)
     assert torch.equal(network(x, x, 0.1, log_density=marks), moved)

@@ -255,7 +255,7 @@ def evolve(
         states=_restored(flow, torch.stack(states)).cpu(),
         times=tau * torch.arange(n_steps + 1),
         energies=torch.cat(values) if values else None,
-        log_density=torch.stack(densities).cpu() - volume if carried else None,
+        log_density=(torch.stack(densities) - volume).to(x).cpu() if carried else None,
         outside=_measured(transport, x),
         folded=float((~log_rho.isfinite()).double().mean()) if carried else None,
         nfe=n_steps,
@@ -320,7 +320,7 @@ def _density(flow: Flow, points: Tensor, x: Tensor, given: object) -> Tensor | N
     if bad := int((~value.isfinite()).sum()):
         raise ValueError(f"{bad} of the log densities are not finite; leave these points out")
     volume = 0.0 if flow.units is None else x.shape[-1] * torch.tensor(flow.units[1]).log().item()
-    return value.to(x) + volume
+    return value.to(x.device, torch.float64) + volume  # a large constant would cost digits of what is fitted to it
 
 
 def _measured(transport: OperatorTransport, x: Tensor) -> float:

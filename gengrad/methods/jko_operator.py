@@ -54,9 +54,9 @@ class JKOOperator(Method):
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
         curriculum: float = Field(0.4, ge=0, le=1)  # share of the training over which the horizon grows from 1
         rollout: bool = True  # false: initial measures alone, the ablation of the paper
-        # for networks that take log densities: the share of the measures that these are told none of, so that they
-        # move clouds of unknown density too
-        untold: float = Field(0.25, gt=0, le=1)
+        # for networks that take log densities: the share of the measures that these are told none of, by which they
+        # learn to move clouds of unknown density too
+        untold: float = Field(0.25, ge=0.01, le=0.99)
         # share of the contexts of smooth measures that are independent points, not even ones
         independent: float = Field(0.0, ge=0, le=1)
         average: bool = True  # states are moved by the averaged weights; false: by the current ones

@@ -31,9 +31,9 @@ def loss_by_log_det(
     jko: JKOProblem, network: nn.Module, x: Tensor, seen: Tensor, log_rho: Tensor,
     known: Tensor | Marks | None = None,
 ) -> Tensor:  # fmt: skip
-    """``step_loss`` through log det DT: for any density, also one that ends at an edge. ``known``: log rho of ``seen``,
+    """``step_loss`` through log det DT: for any density, also one that ends at an edge. ``known``: log rho of ``seen``
 
-    for networks that take it.
+    or its marks, for networks that take it.
     """
     y, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True, log_density=known)
     return step_loss(jko, x, y, log_rho, log_without_folds(determinant(jacobian)))
@@ -79,7 +79,7 @@ def pushed_density(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(T x, det DT, grad log rho'(T x)) for x and score (measures, n, d), detached; the context that of ``seen``,
 
-    ``known`` (measures, m) its log densities.
+    ``known`` (measures, m) its log densities, or their marks.
 
     log rho'(T x) = log rho(x) - log det DT(x), so that grad log rho'(T x) = DT^{-T} (score - grad log det DT).
     """

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from gengrad.networks.kernels import Marks, whole
 
-DEGREE = 3
-# what a squared coefficient weighs beside the mean squared error, in units of the distance to the farthest neighbour:
-# the values have no noise, and so small a price counts only where neighbours are too few or in line
-PRICE = 1e-6
-TILE = 2**22  # distances held at once
+# what a squared coefficient of degree 1, 2 and 3 weighs beside the mean squared error, in units of the distance to the
+# farthest neighbour. The first two count where neighbours are too few or in line, and Gaussians are exact; the last one
+# where all neighbours lie on one side, as those of the outermost points do
+PRICES = 1e-10, 1e-10, 1e-4
+# slopes, bends and so on of log rho over the unit of the particles, expected where rounding leaves nothing to see
+STEEP = 10.0
+DENSE = 1024  # points on the line from which on neighbours are not the nearest: there rounding is all that is seen
+TILE = 2**22  # numbers held at once
 
 
 @torch.no_grad()
@@ -24,31 +27,48 @@ def fitted(particles: Tensor, log_density: Tensor, unit: Tensor) -> Marks:
     """The marks of particles (..., N, d) of which log rho (..., N) is known; NaN and infinite where it is not.
 
     At each particle x_i the cubic p(z) of z = x_j - x_i with p(0) = log rho(x_i) that minimises
-    E[w_ij (p(z) - log rho(x_j))^2] + ``PRICE`` |coefficients|^2 over its nearest neighbours, twice as many as a cubic
-    has coefficients: local polynomial regression (Fan and Gijbels, *Local Polynomial Modelling and Its Applications*,
-    1996, section 3.1) with the nearest neighbours' weights of Cleveland (1979), here w = exp(-2 |z|^2 / r_i^2) where
-    r_i is the distance to the farthest of them. The values have no noise, so it matters little how the points lie, and
-    nothing is smoothed over more than a few of them. Points that come several times count once; particles whose log
-    density is not known have the marks of the nearest one that knows it, and where nobody does, they are zero.
-    ``unit`` (..., 1, 1): in which marks are seen.
+    E[w_ij (p(z) - log rho(x_j))^2] + a small price of its coefficients over its nearest neighbours, twice as many as a
+    cubic has coefficients: local polynomial regression (Fan and Gijbels, *Local Polynomial Modelling and Its
+    Applications*, 1996, section 3.1) with the nearest neighbours' weights of Cleveland (1979), here
+    w = exp(-2 |z|^2 / r_i^2) where r_i is the distance to the farthest of them. The values have no noise but rounding,
+    so it matters little how the points lie, and nothing is smoothed over more than a few of them. A coefficient c of
+    degree k costs (``PRICES``[k] + (s / (``STEEP`` r_i)^k)^2) (c r_i^k)^2, s being the rounding of the values: among
+    points that nearly coincide, bends that rounding makes up are left out.
+
+    Points that come several times count once; particles whose log density is not known have the marks of the nearest
+    one that is known, and where there are none, they are zero. ``unit`` (..., 1, 1): in which marks are seen.
+    Raises ``ValueError`` for log densities of another shape.
     """
     (n, d), sets = particles.shape[-2:], particles.shape[:-2]
-    rows = zip(particles.reshape(-1, n, d).double(), log_density.reshape(-1, n).double())
-    columns = torch.stack([_columns(*row) for row in rows]).view(*sets, n, -1)
-    return Marks(columns.to(particles), unit.expand(*sets, 1, 1))
+    if log_density.shape != particles.shape[:-1]:
+        raise ValueError(f"log densities {tuple(log_density.shape)} of particles {tuple(particles.shape)}")
+    rounding = torch.finfo(particles.dtype).eps, torch.finfo(log_density.dtype).eps
+    columns = particles.new_empty(math.prod(sets), n, d * (d + 3) // 2)
+    for row, (x, log_rho) in enumerate(zip(particles.reshape(-1, n, d), log_density.reshape(-1, n))):
+        columns[row] = _columns(x.double(), log_rho.double(), *rounding)
+    return Marks(columns.view(*sets, *columns.shape[1:]), unit.expand(*sets, 1, 1))
 
 
-def _columns(x: Tensor, log_rho: Tensor) -> Tensor:
-    """``Marks.columns`` (N, d + d (d + 1) / 2) of one cloud."""
+def coefficients(d: int) -> list[tuple[int, ...]]:
+    """The coordinates whose products are the terms of a cubic, but for its constant: (0,), (1,), (0, 0), (0, 1), ..."""
+    return [chosen for k in range(1, len(PRICES) + 1) for chosen in combinations_with_replacement(range(d), k)]
+
+
+def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:
+    """``Marks.columns`` (N, d + d (d + 1) / 2) of one cloud, rounded by ``eps``, and by ``own`` its log densities."""
     d, known = x.shape[-1], log_rho.isfinite()
-    points, which = torch.unique(x[known], dim=0, return_inverse=True)
+    points, which, copies = torch.unique(x[known], dim=0, return_inverse=True, return_counts=True)
     if len(points) < 2:
         return x.new_zeros(len(x), d * (d + 3) // 2)
-    values = x.new_empty(len(points)).index_put((which,), log_rho[known])
-    exponents = [c for k in range(1, DEGREE + 1) for c in combinations_with_replacement(range(d), k)]
-    count = min(2 * (len(exponents) + 1), len(points))
-    tile = max(1, TILE // len(points))
-    found = torch.cat([_fit(block, points, values, count, exponents) for block in points.split(tile)])
+    values = x.new_zeros(len(points)).index_add(0, which, log_rho[known]) / copies
+    mean = values.mean()
+    rounded = eps * (1 + (values - mean).abs()) + own * values.abs()
+    terms = coefficients(d)
+    count = min(2 * (len(terms) + 1), len(points))
+    stride = max(1, len(points) // DENSE) if d == 1 else 1
+    tile = max(1, TILE // max(len(points), count * len(terms)))
+    blocks = zip(points.split(tile), rounded.split(tile))
+    found = torch.cat([_fit(block, noise, points, values - mean, count, stride, terms) for block, noise in blocks])
     columns = found.new_empty(len(x), found.shape[-1])
     columns[known] = found[which]
     if not known.all():
@@ -57,20 +77,30 @@ def _columns(x: Tensor, log_rho: Tensor) -> Tensor:
     return columns
 
 
-def _fit(x: Tensor, points: Tensor, values: Tensor, count: int, exponents: list[tuple[int, ...]]) -> Tensor:
-    """The columns of some of the ``points``, (n, d + d (d + 1) / 2), by ``count`` of these around each, itself one."""
+def _fit(
+    x: Tensor, rounded: Tensor, points: Tensor, values: Tensor, count: int, stride: int, terms: list[tuple[int, ...]]
+) -> Tensor:
+    """The columns of some of the ``points``, (n, d + d (d + 1) / 2), by ``count`` of these around each, itself one:
+
+    of the nearest ones each ``stride``-th.
+    """
     d = x.shape[-1]
     exact = "donot_use_mm_for_euclid_dist"  # of a difference of squares little is left between near points
-    distance, near = torch.cdist(x, points, compute_mode=exact).topk(count, largest=False)
+    distance, near = torch.cdist(x, points, compute_mode=exact).topk((count - 1) * stride + 1, largest=False)
+    distance, near = distance[:, ::stride], near[:, ::stride]
     reach = distance[:, -1:]
     z = (points[near] - x[:, None]) / reach[..., None]
     rise = values[near] - values[near[:, :1]]
     weight = (-2 * z.square().sum(-1)).exp()
     weight = weight / weight.sum(-1, keepdim=True)
-    terms = torch.stack([math.prod(z[..., a] for a in chosen) for chosen in exponents], -1)
-    weighed = (weight[..., None] * terms).mT
-    price = PRICE * torch.eye(len(exponents), dtype=x.dtype, device=x.device)
-    found = torch.linalg.solve_ex(weighed @ terms + price, weighed @ rise[..., None])[0][..., 0]
+    basis = torch.stack([math.prod(z[..., a] for a in chosen) for chosen in terms], -1)
+    weighed = (weight[..., None] * basis).mT
+    degrees = torch.tensor([len(chosen) for chosen in terms], device=x.device)
+    price = (
+        torch.tensor(PRICES, dtype=x.dtype, device=x.device)[degrees - 1]
+        + (rounded[:, None] / (STEEP * reach) ** degrees).square()
+    )
+    found = torch.linalg.solve_ex(weighed @ basis + torch.diag_embed(price), weighed @ rise[..., None])[0][..., 0]
     rows, columns = torch.triu_indices(d, d, device=x.device)
     bends = found[:, d : d + len(rows)] * (1 + (rows == columns).to(found)) / reach**2  # z_a^2 has H_aa / 2
     start = found[:, :d] / reach - (whole(bends, d) @ x[..., None])[..., 0]

@@ -11,13 +11,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gengrad.networks.kernels import Marks, smoothed
-from gengrad.networks.local_fit import fitted
+from gengrad.networks.local_fit import coefficients, fitted
 from gengrad.networks.mlp import perceptron
 from gengrad.registry import NETWORKS, Configured, Settings
 
 LARGEST_JACOBIAN = 3  # dimensions up to which log det DT is written out
 SHORT = 0.25  # of sqrt(tau), what a step of an entropy makes of a point: no cloud counts as narrower than that
-WIDEST = 0.5  # of the scale, at most the width of the kernel by which a log density is fitted around each particle
+WIDEST = 0.5  # of the scale, at most the unit in which scores and Hessians are seen
 FOLD = 0.05  # det DT below which log det is continued by its tangent, down through zero
 
 
@@ -177,7 +177,7 @@ class SetOperator(nn.Module, Configured):
         """The context of clouds (..., N, d) for a step of length ``tau`` of an energy with these ``weights``.
 
         ``log_density`` (..., N): log rho at the particles, NaN where it is not known, or the ``marks`` of it, for
-        networks that take it; others ignore it. Without, or where all of it is NaN, the context is that of ``blind``.
+        networks that take it; others ignore it. Without, or where there are no marks, the context is that of ``blind``.
         Raises ``ValueError`` where tau is none, for other weights than so many as ``on_weights``, and where log
         densities are known of some of the clouds alone.
         """
@@ -216,11 +216,12 @@ class SetOperator(nn.Module, Configured):
         return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau, marks)
 
     def marks(self, particles: Tensor, tau: float, log_density: Tensor) -> Marks | None:
-        """What the particles (..., N, d) know of log rho (..., N), none where all of it is NaN; no weight is in it, so
+        """What the particles (..., N, d) know of log rho (..., N): none where it is known at fewer of them than a cubic
 
-        it need be found but once. Raises ``ValueError`` where that is something for some of the clouds alone.
+        has coefficients. No weight is in it, so it need be found but once. Raises ``ValueError`` where it is none for
+        some of the clouds alone.
         """
-        told = log_density.isfinite().any(-1)
+        told = log_density.isfinite().sum(-1) > len(coefficients(self.d))
         if not told.any():
             return None
         if not told.all():

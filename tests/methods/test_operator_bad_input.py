@@ -57,7 +57,7 @@ CASES = {
     "log densities without kernels": (
         {"network": {**BASE["network"], "log_density": True, "kernels": 0}}, {}, ["kernels=0 leaves none"],
     ),
-    "nobody untold": ({}, {"untold": 0}, ["method.untold", "greater than 0"]),
+    "nobody untold": ({}, {"untold": 0}, ["method.untold", "greater than or equal to 0.01"]),
     "taus beside tau": ({}, {"taus": [0.2, 0.4]}, ["around tau=0.1"]),
     "no steps": ({}, {"jko_steps": 0}, ["method.jko_steps", "greater than or equal to 1"]),
     "fewer evaluations than steps": ({"evaluate": {"nfe": [1]}}, {}, ["takes 2 network evaluations"]),

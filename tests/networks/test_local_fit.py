@@ -43,27 +43,39 @@ def operator(d=2, **settings):
 # ---------------------------------------------------------------- the fit
 
 
-@pytest.mark.parametrize("d", [1, 2, 3])
-def test_of_a_gaussian_the_fit_is_its_score_and_its_hessian(d):
-    """log rho is a quadratic: next to nothing is left out, wherever the points lie."""
-    a, x = torch.eye(d, dtype=torch.float64) + 0.3, 0.7 * cloud(300, d) + 2.0
-    log_rho = -(x @ a * x).sum(-1) / 2 + x.sum(-1) + 5.0
-    found = fitted(x, log_rho, width(0.5))
-    rows, columns = torch.triu_indices(d, d)
-    truth = torch.cat([0.5 * (1 - x @ a), -0.25 * a[rows, columns].expand(len(x), -1)], -1)
-    off = (found.at(x) - truth).norm(dim=-1) / truth.norm(dim=-1)
-    assert off.median() < 2e-3 and off.quantile(0.95) < (0.02, 0.02, 0.1)[d - 1]  # far out the price counts, a little
+@pytest.mark.parametrize("d, n", [(1, 300), (2, 300), (3, 300), (1, 4096), (2, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_a_gaussian_the_fit_is_its_score_and_its_hessian(d, n, dtype):
+    """log rho is a quadratic: nothing is left out, wherever and how densely the points lie, but rounding."""
+    sizes = torch.tensor([1.0, 0.1, 0.5], dtype=torch.float64)[:d]  # oblong
+    x = (sizes * cloud(n, d)).to(dtype)
+    log_rho = (-(x.double() / sizes).square().sum(-1) / 2 + 5.0).to(dtype)
+    seen, (rows, columns) = fitted(x, log_rho, width(1.0)).at(x).double(), torch.triu_indices(d, d)
+    score = -x.double() / sizes**2
+    assert (seen[:, :d] - score).norm() < (1e-3 if dtype == torch.float32 else 1e-5) * score.norm()
+    hessian = -torch.diag(1 / sizes**2)[rows, columns]
+    off = (seen[:, d:] - hessian).norm(dim=-1) / hessian.norm()
+    assert off.quantile(0.95) < (0.05 if dtype == torch.float32 else 1e-4)
+
+
+def test_what_rounding_makes_up_among_points_that_nearly_coincide_is_left_out():
+    """A bootstrap with a little noise, in single precision: second differences of log rho are eps / distance^2."""
+    x = cloud(50, 2).repeat(41, 1)
+    for jitter in (1e-3, 1e-4, 1e-5, 1e-6):
+        y = (x + jitter * cloud(*x.shape, seed=2)).float()
+        seen = fitted(y, -y.square().sum(-1) / 2, width(1.0)).at(y)
+        assert seen[:, 2:].abs().max() < 50 and (seen[:, :2] + y).square().mean().sqrt() < 0.1
 
 
 @pytest.mark.parametrize("narrow", [1.0, 0.01])
 def test_independent_points_that_know_their_density_know_its_score(narrow):
-    """A kernel estimate of the same points is twenty times as far off: their noise is not in what they know."""
+    """A kernel estimate of the same points is forty times as far off: their noise is not in what they know."""
     x, log_rho, score = mixture(512)
     x, score = narrow * x, score / narrow
     found = fitted(x, log_rho, width(0.25)).at(x)[:, :2] / 0.25
     kernel = smoothed(x, x, width(0.25 * narrow), 1)[1][:, 0] / (0.25 * narrow)
     off = [float(((v - score).square().sum(-1).mean() / score.square().sum(-1).mean()).sqrt()) for v in (found, kernel)]
-    assert off[0] < 0.025 and off[1] > 20 * off[0]
+    assert off[0] < 0.015 and off[1] > 40 * off[0]
 
 
 def test_more_points_know_more():
@@ -90,26 +102,31 @@ def test_points_whose_density_is_not_known_have_the_line_of_the_nearest_that_is(
 def test_neither_the_size_of_a_cloud_nor_a_large_constant_matters():
     x, log_rho, _ = mixture(400)
     found = fitted(x, log_rho, width(0.3))
-    assert torch.allclose(fitted(x, log_rho + 1e6, width(0.3)).columns, found.columns, atol=1e-5)
-    for times in (1e-6, 1e3, 1e12):
+    assert torch.allclose(fitted(x, log_rho + 1e6, width(0.3)).columns, found.columns, atol=1e-3)
+    for times in (1e-3, 1e3, 1e12):
         scaled = fitted(times * x, log_rho, width(0.3 * times))
         assert torch.allclose(scaled.at(times * x), found.at(x), rtol=1e-6, atol=1e-9)
 
 
 def test_few_points_and_points_in_line_and_copies_fail_nobody():
+    x, log_rho, _ = mixture(100)
     line = torch.linspace(-1.0, 1.0, 40, dtype=torch.float64)[:, None] * torch.tensor([[1.0, 0.5]]).double()
     seen = fitted(line, -line.square().sum(-1) / 2, width(1.0)).at(line)
     assert (seen[:, :2] + line)[3:-3].abs().max() < 1e-3  # along the line; across it nothing is known, and it is zero
+    assert fitted(x[:0, None], log_rho[:0, None], width(1.0, 0)).columns.shape == (0, 1, 5)  # no cloud at all
     for n in (2, 3, 5):
-        x = cloud(n, 2)
-        assert fitted(x, cloud(n), width(1.0)).columns.isfinite().all()
+        assert fitted(cloud(n, 2), cloud(n), width(1.0)).columns.isfinite().all()
     assert not fitted(cloud(1, 2).expand(30, 2), torch.zeros(30).double(), width(1.0)).columns.any()
-    x, log_rho, _ = mixture(100)
     many = torch.randint(100, (1000,), generator=torch.Generator().manual_seed(0))
     many[:100] = torch.arange(100)
     assert torch.allclose(
         fitted(x[many], log_rho[many], width(1.0)).columns, fitted(x, log_rho, width(1.0)).columns[many]
     )
+
+
+def test_log_densities_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"log densities \(50,\) of particles \(5, 50, 2\)"):
+        fitted(cloud(5, 50, 2), cloud(50), width(0.4, 5))
 
 
 def test_where_nothing_is_known_marks_are_zero():
@@ -212,7 +229,7 @@ def test_clouds_of_which_nothing_is_known_are_moved_by_a_network_of_their_own():
     assert torch.equal(jacobian, network.blind(x, x, 0.1, jacobian=True)[1])
     assert torch.equal(network(x, x, 0.1, log_density=unknown), network(x, x, 0.1))
     assert (network(x, x, 0.1, log_density=log_rho) - moved).abs().max() > 1e-3
-    log_rho[0] = math.nan
+    log_rho[0, 9:] = math.nan  # at fewer points than a cubic has coefficients
     with pytest.raises(ValueError, match="log densities are known of 1 of 2 clouds"):
         network(x, x, 0.1, log_density=log_rho)
 

@@ -1,6 +1,6 @@
 """The learned JKO operator against closed forms of the implicit step, a solver on the line, and the per-step solver.
 
-    python benchmarks/jko_operator.py [--quick] [--parts accuracy,weights,ablation,clouds,speed,warm]
+    python benchmarks/jko_operator.py [--quick] [--parts accuracy,weights,ablation,clouds,scores,speed,warm]
                                   [--only TEXT] [--seeds 1] [--steps N] [--runs FOLDER] [--out FILE.json]
 
 One cell is one (part, case, seed); the JSON is written after each, and cells that it holds are not computed again.
@@ -24,6 +24,7 @@ speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 
 (jko_icnn) trained until it passes the operator's error (of 50, 200 and 800 optimiser steps, the first).
 clouds: what a network learns of exact steps of measures in the plane that come as clouds made in four ways, without and
 with log densities (jko_operator_clouds.py).
+scores: how far off the scores of mixtures are, by kernel estimates of clouds of 1,024 points and by fits of log rho.
 warm: the residual of the per-step solver after so many optimiser steps, started from the operator and not.
 """
 
@@ -40,7 +41,7 @@ from pathlib import Path
 import torch
 from cells import fill
 from jko_operator_cells import ABLATIONS, CASES, SEVERAL, config_of, trained
-from jko_operator_clouds import KINDS, clouds
+from jko_operator_clouds import KINDS, clouds, scores
 
 import gengrad
 from gengrad.config import read_config
@@ -204,6 +205,9 @@ def cells(given: argparse.Namespace) -> dict[str, Callable[[], dict]]:
         if "clouds" in given.parts:
             for kind in KINDS:
                 found[f"clouds/{kind}/{seed}"] = lambda k=kind, s=seed: clouds(k, s, given.quick)
+        if "scores" in given.parts:
+            for d in (1, 2, 3):
+                found[f"scores/{d}/{seed}"] = lambda d=d, s=seed: scores(d, s, given.quick)
         if "speed" in given.parts:
             found[f"speed/heat_1/{seed}"] = lambda s=seed: speed("heat_1", s, given)
         if "warm" in given.parts:
@@ -227,7 +231,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="accuracy,weights,ablation,clouds,speed,warm")
+    parser.add_argument("--parts", default="accuracy,weights,ablation,clouds,scores,speed,warm")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps, instead of the configs' own")

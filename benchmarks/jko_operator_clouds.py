@@ -3,8 +3,8 @@
 Heat steps (tau = 0.1) of measures in the plane whose exact steps are known: independent coordinates along turned axes,
 each a mixture of one or two Gaussians. The network of configs/operator/fokker_planck.yaml learns 736 of them by plain
 regression, and is judged on 64 others: root of E|T x - x_exact|^2 as a share of the way, mean and worst. What it cannot
-learn, the clouds do not say. ``told``: it sees log rho at the points too. Called by benchmarks/jko_operator.py --parts
-clouds.
+learn, the clouds do not say. ``told``: it sees log rho at the points too. And what their points alone, and log rho
+there, say of the score. Called by benchmarks/jko_operator.py --parts clouds,scores.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from torch import Tensor
 
 from gengrad.data.draws import generator_for
 from gengrad.data.even_clouds import lattice
-from gengrad.data.families import points_of_the_cube
+from gengrad.data.families import clouds as drawn
+from gengrad.data.families import points_of_the_cube, read_families
 from gengrad.data.family_members import GaussianMembers, ProductMembers
 from gengrad.data.moments import moved_to
 from gengrad.flows.implicit_steps import of_coordinates
 from gengrad.functionals.internal import Entropy
 from gengrad.networks import SetOperator
+from gengrad.networks.kernels import smoothed
+from gengrad.networks.local_fit import fitted
 from gengrad.training.fitter import TrainSettings, make_optimizer
 
 TAU, MEASURES, HELD_OUT, BATCH, ASKED = 0.1, 800, 64, 16, 128
@@ -83,6 +86,29 @@ def learned(x: Tensor, y: Tensor, known: Tensor | None, updates: int) -> SetOper
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.03)
         optimizer.step()
     return network
+
+
+def scores(d: int, seed: int, quick: bool) -> dict:
+    """How far off scores are, root of E|s - grad log rho|^2 as a share of its size: the mean over 16 mixtures.
+
+    ``fitted`` to log rho at the points, and of a ``kernel`` estimate at the best of the widths that a network sees.
+    """
+    found, families = {}, read_families({"name": "mixtures", "reach": 1.0, "smallest": 0.4})
+    count, n = (2, 64) if quick else (16, 1024)
+    for kind, independent in (("even", 0.0), ("independent", 1.0)):
+        generator = generator_for(seed, f"scores/{kind}", d)
+        x, log_rho, score, _ = drawn(families, count, n, d, generator, independent=independent)
+        x, log_rho, score = x.double(), log_rho.double(), score.double()
+        seen = fitted(x, log_rho, torch.ones(count, 1, 1, dtype=x.dtype)).at(x)[..., :d]
+        widest = math.sqrt(8 * TAU) * torch.ones(count, 1, 1, dtype=x.dtype)
+        slopes = smoothed(x, x, widest, 4)[1] / (widest[..., None] / 2 ** torch.arange(4.0)[:, None])
+        found[f"{kind}_fitted"] = float(_off(seen, score))
+        found[f"{kind}_kernel"] = min(float(_off(slopes[:, :, k], score)) for k in range(4))
+    return found
+
+
+def _off(found: Tensor, score: Tensor) -> Tensor:
+    return ((found - score).square().sum(-1).mean(1) / score.square().sum(-1).mean(1)).sqrt().mean()
 
 
 def clouds(kind: str, seed: int, quick: bool) -> dict:

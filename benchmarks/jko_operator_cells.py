@@ -37,7 +37,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "aggregation_1": ("aggregation", {}),
     "aggregation_2": (
         "aggregation",
-        {"source": {"name": "ball", "dimension": 2}, "data": PLANE, "train": {"steps": 16000}},
+        # as many particles of the loss as of the clouds that are judged: fewer have another energy, W is singular
+        {"source": {"name": "ball", "dimension": 2}, "data": PLANE, "method": {"particles": 512}},
     ),
     "attraction_repulsion_2": ("attraction_repulsion", {}),
     "sinkhorn_2": ("sinkhorn", {}),

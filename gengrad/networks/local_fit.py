@@ -24,14 +24,15 @@ TILE = 2**22  # numbers held at once
 @torch.autocast("cpu", enabled=False)  # differences of log densities that are nearly the same
 @torch.autocast("cuda", enabled=False)
 def fitted(particles: Tensor, log_density: Tensor, unit: Tensor) -> Marks:
-    """The marks of particles (..., N, d) of which log rho (..., N) is known; NaN and infinite where it is not.
+    """The marks of particles (..., N, d), of about unit scale, and log rho (..., N) there, not finite where unknown.
 
     At each particle x_i the cubic p(z) of z = x_j - x_i with p(0) = log rho(x_i) that minimises
     E[w_ij (p(z) - log rho(x_j))^2] + a small price of its coefficients over its nearest neighbours, twice as many as a
     cubic has coefficients: local polynomial regression (Fan and Gijbels, *Local Polynomial Modelling and Its
     Applications*, 1996, section 3.1) with the nearest neighbours' weights of Cleveland (1979), here
     w = exp(-2 |z|^2 / r_i^2) where r_i is the distance to the farthest of them. The values have no noise but rounding,
-    so it matters little how the points lie, and nothing is smoothed over more than a few of them. A coefficient c of
+    so it matters little how the points lie, and nothing is smoothed over more than a few of them (on the line, where
+    many are too near for a second difference in single precision, each so-manyth is a neighbour). A coefficient c of
     degree k costs (``PRICES``[k] + (s / (``STEEP`` r_i)^k)^2) (c r_i^k)^2, s being the rounding of the values: among
     points that nearly coincide, bends that rounding makes up are left out.
 

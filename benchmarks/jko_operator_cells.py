@@ -38,7 +38,12 @@ CASES: dict[str, tuple[str, dict]] = {
     "aggregation_2": (
         "aggregation",
         # as many particles of the loss as of the clouds that are judged: fewer have another energy, W is singular
-        {"source": {"name": "ball", "dimension": 2}, "data": PLANE, "method": {"particles": 512}},
+        {
+            "source": {"name": "ball", "dimension": 2},
+            "data": PLANE,
+            "method": {"particles": 512},
+            "train": {"steps": 8000},
+        },
     ),
     "attraction_repulsion_2": ("attraction_repulsion", {}),
     "sinkhorn_2": ("sinkhorn", {}),

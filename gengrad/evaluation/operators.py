@@ -19,7 +19,7 @@ from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.flow import Flow
 from gengrad.flows.implicit_steps import Reference, State
-from gengrad.flows.operator import Evolution, OperatorTransport, energies_of, operator_of, push
+from gengrad.flows.operator import Evolution, OperatorTransport, energies_of, operator_of
 from gengrad.registry import FAMILIES
 
 NOTICED = 1e-3  # of the fall since the start: a rise that counts, where a rollout has come to rest
@@ -45,8 +45,7 @@ def judge_rollout(
 
     start = before = energy(state)
     for k in range(1, steps + 1):
-        known = state[1] if told else None
-        state = push(transport.network, state[0], transport.tau, state[1], state[0], transport.told(), known)
+        state = transport.moved(*state, told=told)[:2]
         row = {"step": k, "time": k * transport.tau, "energy_before": before, "energy": energy(state)}
         row["rose"] = not row["energy"] <= before + max(1e-6 * (1 + abs(before)), NOTICED * (start - before))
         if truths is not None:

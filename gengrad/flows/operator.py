@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gengrad.flows.asked import whole
+from gengrad.flows.newton_correction import Correction, corrected_push
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
@@ -24,7 +25,7 @@ from gengrad.registry import DATASETS, NETWORKS, settings_of
 if TYPE_CHECKING:
     from gengrad.flows.flow import Flow
 
-SETTINGS = ("tau", "terms", "data", "family", "taus", "weights")  # of a transport, plain data
+SETTINGS = ("tau", "terms", "data", "family", "taus", "weights", "correction")  # of a transport, plain data
 PAIRS = 4096  # particles whose energy is taken where every one meets every other
 UNKNOWN = -1e30  # stands for a log density that is not known, where only finite numbers are stored
 FAR = 0.25  # of the width of the training family outside of it from which on a warning is given
@@ -38,7 +39,9 @@ class OperatorTransport(Transport):
     densities, where the network takes them and the source has one. ``terms``, ``data`` and
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``; ``weights`` the range of
-    the weight of each term of that name, where it takes others than those of ``terms``.
+    the weight of each term of that name, where it takes others than those of ``terms``. ``correction``: the degree of
+    the polynomial by which a step is corrected where log densities are known (``correction_of``), 0 for none;
+    ``corrected`` (K, terms + 2, d): the corrections of the anchors' steps, ``packed``.
     """
 
     kind = "operator"
@@ -46,12 +49,14 @@ class OperatorTransport(Transport):
     def __init__(
         self, network: nn.Module, anchors: Tensor, samples: Tensor, tau: float, terms: list[dict],
         data: dict | None = None, family: dict | None = None, taus: list[float] | None = None,
-        weights: dict[str, list[float]] | None = None, known: Tensor | None = None,
+        weights: dict[str, list[float]] | None = None, correction: int | None = None, known: Tensor | None = None,
+        corrected: Tensor | None = None,
     ):  # fmt: skip
         super().__init__()
         self.network, self.tau, self.terms, self.data = network, tau, terms, data
-        self.family, self.taus, self.weights = family, taus, weights
+        self.family, self.taus, self.weights, self.correction = family, taus, weights, correction or 0
         self.register_buffer("anchors", anchors)
+        self.register_buffer("corrected", corrected)
         self.register_buffer("samples", samples)
         self.register_buffer("known", None if known is None else torch.where(known.isfinite(), known, UNKNOWN))
 
@@ -61,6 +66,8 @@ class OperatorTransport(Transport):
             if self.known is not None:
                 known = torch.where(self.known[k] > UNKNOWN, self.known[k], math.nan).to(x)
             x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau, self.told(), known))
+            if self.corrected is not None:
+                x = Correction.unpacked(self.corrected[k].to(x))(x)[0]
             yield x
 
     def cost(self, nfe: int | None = None) -> int:
@@ -97,8 +104,9 @@ class OperatorTransport(Transport):
 
     def describe(self) -> dict:
         shapes = {"anchors": list(self.anchors.shape), "samples": list(self.samples.shape)}
-        if self.known is not None:
-            shapes["known"] = list(self.known.shape)
+        for name in ("known", "corrected"):
+            if getattr(self, name) is not None:
+                shapes[name] = list(getattr(self, name).shape)
         settings = {name: getattr(self, name) for name in SETTINGS}
         about = {"network": settings_of(self.network), "event_shape": list(self.network.event_shape)}
         return {"kind": self.kind, **about, **shapes, **settings}
@@ -108,8 +116,20 @@ class OperatorTransport(Transport):
         settings = {"kernels": 0, "scaled": False, **description["network"]}  # flows from before there were these
         network = NETWORKS.build(settings, event_shape=tuple(description["event_shape"]))
         empty = [torch.zeros(description[name]) for name in ("anchors", "samples")]
-        known = torch.zeros(description["known"]) if "known" in description else None
-        return cls(network, *empty, *(description.get(name) for name in SETTINGS), known)
+        known = [torch.zeros(description[name]) if name in description else None for name in ("known", "corrected")]
+        return cls(network, *empty, *(description.get(name) for name in SETTINGS), *known)
+
+    def moved(
+        self, x: Tensor, log_rho: Tensor | None = None, tau: float | None = None, told: bool = True
+    ) -> tuple[Tensor, Tensor | None, Correction | None]:
+        """(T x, log rho'(T x), what corrected T) for a cloud x (n, d); without log rho, or not ``told``, nothing does.
+
+        Not told, the network sees no log densities either.
+        """
+        tau = tau or self.tau
+        if log_rho is not None and told and self.correction:
+            return corrected_push(self.network, self.functional(), x, tau, log_rho, self.told(), self.correction)
+        return *push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None), None
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
@@ -133,16 +153,25 @@ def push(
     return moved, log_rho - determinant(jacobian).log()
 
 
-@torch.no_grad()
-def rollout(
-    network: nn.Module, x: Tensor, tau: float, steps: int, weights: Sequence[float] = (), log_rho: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The cloud x and what the operator makes of it, (steps + 1, ..., n, d), and log rho there, where it is known."""
-    states = [(x, log_rho)]
+def anchored(
+    transport: OperatorTransport, x: Tensor, log_rho: Tensor | None, steps: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The cloud x before each of so many steps (steps, n, d); log rho there, for networks that take it; and what
+
+    corrected each step, where that is done.
+    """
+    states, corrections = [], []
     for _ in range(steps):
-        states.append(push(network, states[-1][0], tau, states[-1][1], weights=weights))
+        states.append((x, log_rho))
+        x, log_rho, found = transport.moved(x, log_rho)
+        corrections.append((found or Correction.none(x.shape[1], transport.correction)).packed().to(x))
     points, logs = zip(*states)
-    return torch.stack(points), None if log_rho is None else torch.stack(logs)
+    known = logs[0] is not None
+    return (
+        torch.stack(points),
+        torch.stack(logs).to(x) if known and transport.network.config.log_density else None,
+        torch.stack(corrections) if known and transport.correction else None,
+    )
 
 
 def energies_of(functional: Functional, x: Tensor, log_rho: Tensor | None) -> Tensor:
@@ -215,8 +244,12 @@ def step(
     transport = operator_of(flow).reweighted(weights)
     tau, x = _tau(transport, tau), _checked(flow, points)
     network, known = transport.network, _density(flow, points, x, log_density)
-    with torch.inference_mode():
-        return _restored(flow, network(x, network.context(x, tau, transport.told(), known))).cpu()
+    with torch.no_grad():
+        if known is None or not transport.correction:
+            return _restored(flow, network(x, network.context(x, tau, transport.told(), known))).cpu()
+        clouds = zip(x.reshape(-1, *x.shape[-2:]), known.reshape(-1, x.shape[-2]))
+        moved = torch.stack([transport.moved(cloud, logs, tau)[0] for cloud, logs in clouds])
+        return _restored(flow, moved.view_as(x)).cpu()
 
 
 def evolve(
@@ -238,7 +271,7 @@ def evolve(
     known = log_rho is not None or not functional.needs_density
     states, densities, values, rest = [x], [log_rho], [], functional.needs_density
     for _ in range(n_steps):
-        moved, log_rho = push(transport.network, states[-1], tau, log_rho, weights=transport.told())
+        moved, log_rho, _ = transport.moved(states[-1], log_rho, tau)
         states.append(moved)
         densities.append(log_rho)
     if known and energies is not False:

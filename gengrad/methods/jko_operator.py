@@ -49,9 +49,15 @@ class JKOOperator(Method):
         seen: int | None = Field(None, ge=4)  # particles of the context; none: as many
         # particles of the loss are drawn from Gaussians so many times as wide, and weighed: so tails are learned
         tails: float = Field(1.5, ge=1)
+        # where log densities are known, a step is corrected by a Newton step of its objective over polynomials of this
+        # degree; 0 for none. It is no part of the training
+        correction: int = Field(3, ge=0, le=5)
         anchors: int = Field(1024, ge=4)  # particles of the source that the flow's samples follow
         buffer: int = Field(128, ge=1)  # states that the operator has moved; 0 ages where rollout is false
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch
+        # batches that a fresh measure comes in, on average: in the plane and in space clouds that settle cost more than
+        # the update
+        reuse: int = Field(1, ge=1)
         curriculum: float = Field(0.4, ge=0, le=1)  # share of the training over which the horizon grows from 1
         rollout: bool = True  # false: initial measures alone, the ablation of the paper
         # for networks that take log densities: the share of the measures that these are told none of, by which they

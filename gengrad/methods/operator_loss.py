@@ -9,7 +9,7 @@ from gengrad.functionals.base import Density
 from gengrad.functionals.expression import gradient_of, has_pairs
 from gengrad.methods.jko_affine import JKOProblem
 from gengrad.networks.kernels import Marks
-from gengrad.networks.set_operator import FOLD, determinant, log_without_folds
+from gengrad.networks.set_operator import determinant, log_without_folds
 
 
 def step_loss(
@@ -71,31 +71,3 @@ def evened(weight: Tensor) -> Tensor:
 def taken(values: Tensor, numbers: Tensor) -> Tensor:
     """The particles of these numbers (measures, n) of values (measures, n) or (measures, n, d)."""
     return torch.take_along_dim(values, numbers if values.dim() == 2 else numbers[..., None], 1)
-
-
-def pushed_density(
-    network: nn.Module, x: Tensor, seen: Tensor, jko: JKOProblem, score: Tensor,
-    known: Tensor | Marks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(T x, det DT, grad log rho'(T x)) for x and score (measures, n, d), detached; the context that of ``seen``,
-
-    ``known`` (measures, m) its log densities, or their marks.
-
-    log rho'(T x) = log rho(x) - log det DT(x), so that grad log rho'(T x) = DT^{-T} (score - grad log det DT).
-    """
-    if not bool(score.isfinite().any()):  # no measure is smooth
-        with torch.no_grad():
-            moved, jacobian = network(x, seen, jko.tau, jko.weights, jacobian=True, log_density=known)
-        return moved, determinant(jacobian), score
-    with torch.no_grad():
-        context = network.context(seen, jko.tau, jko.weights, known)
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_(True)
-        moved, jacobian = network(leaf, context, jacobian=True)
-        det = determinant(jacobian)
-        (slope,) = torch.autograd.grad(det.clamp_min(FOLD).log().sum(), leaf)
-    jacobian, det = jacobian.detach(), det.detach()
-    # a singular matrix is that of a fold, whose density is not used: anything that can be solved will do
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    safe = torch.where((det.abs() < 1e-6)[..., None, None], eye, jacobian)
-    return moved.detach(), det, torch.linalg.solve(safe.mT, (score - slope)[..., None])[..., 0]

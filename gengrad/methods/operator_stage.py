@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from gengrad.data.draws import generator_for
 from gengrad.data.families import clouds
 from gengrad.flows.density_cloud import standing_for
-from gengrad.flows.operator import OperatorTransport, energies_of, family_of, push, rollout
+from gengrad.flows.newton_correction import pushed_density
+from gengrad.flows.operator import OperatorTransport, anchored, energies_of, family_of, push
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Functional
-from gengrad.functionals.expression import build_expression, has_pairs, reweighted, takes, told
+from gengrad.functionals.expression import build_expression, has_pairs, reweighted, takes
 from gengrad.methods.base import Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem
-from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, pushed_density, step_loss, taken
+from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, step_loss, taken
 from gengrad.methods.state_buffer import StateBuffer
 from gengrad.networks.kernels import Marks
 from gengrad.networks.set_operator import FOLD
@@ -52,7 +53,8 @@ class OperatorStage(Stage):
         self.functional = self._functional(config.functional)
         self.d, self.seen = problem.target.event_shape[0], config.seen or config.particles
         self.size = self.seen + config.particles
-        self.states = StateBuffer(self._clouds, config.buffer, self._energy, problem.seed)
+        self.states = StateBuffer(self._clouds, config.buffer, self._energy, self._found, problem.seed)
+        self.blocks: dict[int, tuple[Tensor, ...]] = {}  # of fresh measures, by number
 
     def objective(
         self, networks: dict[str, nn.Module], part: Part, generator: torch.Generator
@@ -73,11 +75,12 @@ class OperatorStage(Stage):
 
     def _loss(self, jko: JKOProblem, network: nn.Module, *batch: Tensor, told: bool) -> Tensor:
         """The loss of measures whose log densities the network is ``told``, all of them, or not."""
+        *batch, found = batch
         seen, (x, log_rho, score, weight) = batch[0][:, : self.seen], (values[:, self.seen :] for values in batch)
         if not jko.needs_density:
             return step_loss(jko, x, network(x, seen, jko.tau, jko.weights))
         # what wraps the network passes forward alone
-        known = self.networks["operator"].marks(seen, jko.tau, batch[1][:, : self.seen]) if told else None
+        known = self.networks["operator"].marks(seen, jko.tau, batch[1][:, : self.seen], found) if told else None
         if has_pairs(jko.functional):
             return loss_by_log_det(jko, network, x, seen, log_rho, known)
         return self._mixed(jko, network, x, seen, log_rho, score, weight, known)
@@ -85,7 +88,10 @@ class OperatorStage(Stage):
     def _mixed(self, jko: JKOProblem, network: nn.Module, *batch: Tensor) -> Tensor:
         """The loss by scores where measures have one, and by log det for the others, each by its share."""
         x, seen, log_rho, score, weight, known = batch
-        moved, det, after = pushed_density(self.networks["operator"], x, seen, jko, score, known)
+        operator = self.networks["operator"]
+        with torch.no_grad():
+            context = operator.context(seen, jko.tau, jko.weights, known)
+        moved, det, after = pushed_density(operator, x, context, score)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
         if smooth.any():
@@ -104,14 +110,42 @@ class OperatorStage(Stage):
         return torch.rand(count, generator=generator) >= self.config.untold
 
     def _batch(self, part: Part, generator: torch.Generator) -> list[Tensor]:
-        """Clouds, log densities, scores, weights and ages: this process's rows of the batch, fresh measures first."""
+        """Clouds, log densities, scores, weights, what is ``_found`` and ages: this process's rows of the batch, fresh
+
+        measures first.
+        """
         fresh = part.size if not self.config.rollout else math.ceil(self.config.fresh * part.size)
-        batch = [*self._clouds(fresh, generator), torch.zeros(fresh, dtype=torch.long)]
+        batch = [*self._fresh(fresh, part.step, generator), torch.zeros(fresh, dtype=torch.long)]
         if fresh < part.size:
             rows, states = self.states.pick(part.size - fresh, generator), self.states
-            older = (states.x, states.log_rho, states.score, states.weight, states.age)
+            older = (states.x, states.log_rho, states.score, states.weight, states.found, states.age)
             batch = [torch.cat([new, old[rows]]) for new, old in zip(batch, older)]
         return [values[part.rows()].to(self.problem.device) for values in batch]
+
+    def _fresh(self, count: int, step: int, generator: torch.Generator) -> list[Tensor]:
+        """Fresh measures for a batch, of the latest ``reuse`` blocks of as many; each ``reuse`` steps there is a new
+
+        one. Blocks are functions of seed and number, so that a run that goes on has the same.
+        """
+        if self.config.reuse == 1 or not count:
+            new = self._clouds(count, generator)
+            return [*new, self._found(*new[:2])]
+        first = step // self.config.reuse
+        latest = range(first, first + self.config.reuse)
+        self.blocks = {number: self.blocks.get(number) for number in latest}
+        for number, block in self.blocks.items():
+            if block is None:
+                new = self._clouds(count, generator_for(self.problem.seed, "operator/fresh", number))
+                self.blocks[number] = *new, self._found(*new[:2])
+        rows = torch.randperm(count * len(latest), generator=generator)[:count]
+        return [torch.cat(values)[rows] for values in zip(*self.blocks.values())]
+
+    def _found(self, x: Tensor, log_rho: Tensor) -> Tensor:
+        """What networks that take log densities look up in clouds; of others nothing, (clouds, 0)."""
+        network = self.networks["operator"]
+        if not network.config.log_density:
+            return x[:, 0, :0]
+        return network.columns(x[:, : self.seen], log_rho[:, : self.seen])
 
     def _clouds(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Fresh measures; what every particle meets every other in takes them as they are, without weights."""
@@ -128,7 +162,7 @@ class OperatorStage(Stage):
 
         def move(*state: Tensor) -> tuple[Tensor, ...]:
             which = self._told(len(state[0]), generator)
-            after = tuple(torch.empty_like(values) for values in state)
+            after = tuple(torch.empty_like(values) for values in state[:3])
             for rows, known in ((which, True), (~which, False)):
                 if rows.any():
                     given = (values[rows].to(self.problem.device) for values in state)
@@ -141,7 +175,7 @@ class OperatorStage(Stage):
         self.states.advance(move, count, self._horizon(part.step), energy)
 
     def _moved(
-        self, network: nn.Module, jko: JKOProblem, x: Tensor, log_rho: Tensor, score: Tensor, told: bool
+        self, network: nn.Module, jko: JKOProblem, x: Tensor, log_rho: Tensor, score: Tensor, found: Tensor, told: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x, log rho and score of states after a step, of which the network is ``told`` the log densities or not."""
         seen, n, known = x[:, : self.seen], self.seen, None
@@ -150,9 +184,11 @@ class OperatorStage(Stage):
         own = None  # of networks that take none nobody asks for log densities at the context's particles
         if network.config.log_density:
             own = log_rho[:, :n]
-            known = network.marks(seen, jko.tau, own) if told else None
+            known = network.marks(seen, jko.tau, own, found) if told else None
         ahead, carried = push(network, seen, jko.tau, own, seen, jko.weights, known)
-        y, det, after = pushed_density(network, x[:, n:], seen, jko, score[:, n:], known)
+        with torch.no_grad():
+            context = network.context(seen, jko.tau, jko.weights, known)
+        y, det, after = pushed_density(network, x[:, n:], context, score[:, n:])
         # a fold has a NaN, so that the state is dropped
         carried = log_rho[:, :n] if carried is None else carried
         both = (ahead, y), (carried, log_rho[:, n:] - det.log()), (score[:, :n], after)
@@ -190,20 +226,18 @@ class OperatorStage(Stage):
     def load_state(self, state: dict) -> None:
         self.states.load_state(state["states"])
 
-    @torch.no_grad()
     def transport(self, networks: dict[str, nn.Module]) -> Transport:
         """The operator, with the source's cloud moved by it as the anchors of samples."""
         c, p, network = self.config, self.problem, networks["operator"]
-        x = standing_for(p.source, c.anchors, p.seed, "operator/anchors")
-        known = None
-        if network.config.log_density and hasattr(p.source, "log_density"):
-            known = p.source.log_density(x).float().to(p.device)
-        weights = told(c.functional, c.weights)
-        anchors, known = rollout(network, x.float().to(p.device), c.tau, c.jko_steps, weights, known)
         fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
         data = settings_of(p.target) if takes(c.functional, "density") else None
+        settings = (c.tau, c.functional, data, family, c.taus, c.weights)
+        settings += (c.correction if self.functional.needs_density else 0,)
+        x = standing_for(p.source, c.anchors, p.seed, "operator/anchors").float().to(p.device)
+        log_rho = None
+        if self.functional.needs_density and hasattr(p.source, "log_density"):
+            log_rho = p.source.log_density(x.cpu()).to(p.device)
         samples = self.samples.to(p.device)
-        known = None if known is None else known[:-1]
-        settings = (c.tau, c.functional, data, family, c.taus, c.weights, known)
-        return OperatorTransport(network, anchors[:-1], samples, *settings)
+        way = anchored(OperatorTransport(network, x[None], samples, *settings), x, log_rho, c.jko_steps)
+        return OperatorTransport(network, way[0], samples, *settings, *way[1:])

@@ -6,6 +6,7 @@ import math
 from itertools import combinations_with_replacement
 
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from gengrad.networks.kernels import Marks, whole
@@ -50,14 +51,25 @@ def fitted(particles: Tensor, log_density: Tensor, unit: Tensor) -> Marks:
     return Marks(columns.view(*sets, *columns.shape[1:]), unit.expand(*sets, 1, 1))
 
 
-def coefficients(d: int) -> list[tuple[int, ...]]:
-    """The coordinates whose products are the terms of a cubic, but for its constant: (0,), (1,), (0, 0), (0, 1), ..."""
-    return [chosen for k in range(1, len(PRICES) + 1) for chosen in combinations_with_replacement(range(d), k)]
+def coefficients(d: int, degree: int = len(PRICES)) -> list[tuple[int, ...]]:
+    """The coordinates whose products are the terms of a polynomial, but for its constant: (0,), (1,), (0, 0), (0, 1),
+
+    and so on; of a cubic, where no ``degree`` is given.
+    """
+    return [chosen for k in range(1, degree + 1) for chosen in combinations_with_replacement(range(d), k)]
+
+
+def scores(particles: Tensor, log_density: Tensor) -> Tensor:
+    """grad log rho at particles (..., N, d) of log rho (..., N), as it is ``fitted``."""
+    mean = particles.mean(-2, keepdim=True)
+    scale = (particles - mean).square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
+    away = (particles - mean) / scale
+    return fitted(away, log_density, torch.ones_like(scale)).at(away)[..., : particles.shape[-1]] / scale
 
 
 def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:
     """``Marks.columns`` (N, d + d (d + 1) / 2) of one cloud, rounded by ``eps``, and by ``own`` its log densities."""
-    d, known = x.shape[-1], log_rho.isfinite()
+    d, known = x.shape[-1], log_rho.isfinite() & x.isfinite().all(-1)
     points, which, copies = torch.unique(x[known], dim=0, return_inverse=True, return_counts=True)
     if len(points) < 2:
         return x.new_zeros(len(x), d * (d + 3) // 2)
@@ -67,30 +79,31 @@ def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:
     terms = coefficients(d)
     count = min(2 * (len(terms) + 1), len(points))
     stride = max(1, len(points) // DENSE) if d == 1 else 1
-    tile = max(1, TILE // max(len(points), count * len(terms)))
-    blocks = zip(points.split(tile), rounded.split(tile))
-    found = torch.cat([_fit(block, noise, points, values - mean, count, stride, terms) for block, noise in blocks])
+    tile, tree = max(1, TILE // (count * max(stride, len(terms)))), cKDTree(points.cpu().numpy())
+    found = []
+    for block, noise in zip(points.split(tile), rounded.split(tile)):
+        near = tree.query(block.cpu().numpy(), (count - 1) * stride + 1)[1][:, ::stride]
+        found.append(_fit(block, noise, points, values - mean, torch.from_numpy(near).to(points.device), terms))
+    found = torch.cat(found)
     columns = found.new_empty(len(x), found.shape[-1])
     columns[known] = found[which]
     if not known.all():
-        near = [torch.cdist(block, points).argmin(-1) for block in x[~known].split(tile)]
-        columns[~known] = found[torch.cat(near)]
+        near = torch.from_numpy(tree.query(x[~known].nan_to_num().cpu().numpy())[1])
+        columns[~known] = found[near.to(found.device)]
     return columns
 
 
 def _fit(
-    x: Tensor, rounded: Tensor, points: Tensor, values: Tensor, count: int, stride: int, terms: list[tuple[int, ...]]
+    x: Tensor, rounded: Tensor, points: Tensor, values: Tensor, near: Tensor, terms: list[tuple[int, ...]]
 ) -> Tensor:
-    """The columns of some of the ``points``, (n, d + d (d + 1) / 2), by ``count`` of these around each, itself one:
+    """The columns of some of the ``points``, (n, d + d (d + 1) / 2), by those of numbers ``near`` (n, count) around
 
-    of the nearest ones each ``stride``-th.
+    each, itself the first and the farthest the last.
     """
     d = x.shape[-1]
-    exact = "donot_use_mm_for_euclid_dist"  # of a difference of squares little is left between near points
-    distance, near = torch.cdist(x, points, compute_mode=exact).topk((count - 1) * stride + 1, largest=False)
-    distance, near = distance[:, ::stride], near[:, ::stride]
-    reach = distance[:, -1:]
-    z = (points[near] - x[:, None]) / reach[..., None]
+    z = points[near] - x[:, None]
+    reach = z[:, -1].norm(dim=-1, keepdim=True)
+    z = z / reach[..., None]
     rise = values[near] - values[near[:, :1]]
     weight = (-2 * z.square().sum(-1)).exp()
     weight = weight / weight.sum(-1, keepdim=True)

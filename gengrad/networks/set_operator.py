@@ -215,11 +215,18 @@ class SetOperator(nn.Module, Configured):
         linear, shift = affine[..., : self.d], affine[..., None, :, self.d]
         return Context(mean, scale, known, away, *self.ask.seen(tokens), linear, shift, ascent, tau, marks)
 
-    def marks(self, particles: Tensor, tau: float, log_density: Tensor) -> Marks | None:
+    def columns(self, particles: Tensor, log_density: Tensor) -> Tensor:
+        """``Marks.columns`` of particles (..., N, d) by log rho (..., N) there, zero where none is known."""
+        mean, scale = _moments(particles)
+        return fitted((particles - mean) / scale, log_density, scale).columns
+
+    def marks(
+        self, particles: Tensor, tau: float, log_density: Tensor, columns: Tensor | None = None
+    ) -> Marks | None:  # fmt: skip
         """What the particles (..., N, d) know of log rho (..., N): none where it is known at fewer of them than a cubic
 
-        has coefficients. No weight is in it, so it need be found but once. Raises ``ValueError`` where it is none for
-        some of the clouds alone.
+        has coefficients. ``columns`` of marks that were found of these particles before: neither tau nor a weight is in
+        them. Raises ``ValueError`` where it is none for some of the clouds alone.
         """
         told = log_density.isfinite().sum(-1) > len(coefficients(self.d))
         if not told.any():
@@ -228,8 +235,8 @@ class SetOperator(nn.Module, Configured):
             raise ValueError(
                 f"log densities are known of {int(told.sum())} of {told.numel()} clouds: move the others by themselves"
             )
-        mean, scale = _moments(particles)
-        return fitted((particles - mean) / scale, log_density, (math.sqrt(2 * tau) / scale).clamp_max(WIDEST))
+        columns = self.columns(particles, log_density) if columns is None else columns
+        return Marks(columns, (math.sqrt(2 * tau) / _moments(particles)[1]).clamp_max(WIDEST))
 
     def forward(
         self, x: Tensor, measure: Context | Tensor, tau: float | None = None, weights: Sequence[float] = (),

@@ -11,7 +11,7 @@ import gengrad
 from gengrad.cli import main
 from gengrad.data import Gaussian
 from gengrad.flows import Flow, OperatorTransport, VelocityTransport
-from gengrad.flows.operator import UNKNOWN, family_of, features, outside, push, rollout
+from gengrad.flows.operator import UNKNOWN, anchored, family_of, features, outside, push
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import MLP, SetOperator
 
@@ -28,9 +28,9 @@ def operator_flow(d=2, terms="entropy", **changes) -> Flow:
         network.affine.bias[: d * (d + 1)].copy_(affine.flatten())
     source = Gaussian(mean=[0.0] * d)
     x = torch.randn(64, d, generator=torch.Generator().manual_seed(0))
-    anchors = rollout(network, x, TAU, 3)[0][:-1]
-    made = OperatorTransport(network, anchors, torch.empty(0, d), TAU, read_expression(terms), **changes)
-    return Flow(source, [made])
+    given = (torch.empty(0, d), TAU, read_expression(terms))
+    anchors = anchored(OperatorTransport(network, x[None], *given), x, None, 3)[0]
+    return Flow(source, [OperatorTransport(network, anchors, *given, **changes)])
 
 
 def cloud(n=200, d=2, seed=1):
@@ -256,11 +256,10 @@ def told_flow() -> Flow:
     with torch.no_grad():
         network.affine.bias.normal_(0, 0.1), network.affine.weight.normal_(0, 0.1)
     x = cloud(64)
-    anchors, known = rollout(network, x, TAU, 3, (), flow.source.log_density(x))
-    assert known.shape == (4, 64) and known.isfinite().all()
-    transport = flow.transports[0]
-    made = OperatorTransport(network, anchors[:-1], transport.samples, TAU, transport.terms, known=known[:-1])
-    return Flow(flow.source, [made])
+    given = (flow.transports[0].samples, TAU, flow.transports[0].terms)
+    anchors, known, _ = anchored(OperatorTransport(network, x[None], *given), x, flow.source.log_density(x), 3)
+    assert known.shape == (3, 64) and known.isfinite().all()
+    return Flow(flow.source, [OperatorTransport(network, anchors, *given, known=known)])
 
 
 def test_a_network_that_takes_log_densities_is_told_them_in_every_step():
@@ -356,3 +355,44 @@ def test_steps_of_nothing_are_refused_by_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sample", str(tmp_path), "--source", "x.npy", "--steps", "0"])
     assert "at least 1; got 0" in capsys.readouterr().err
+
+
+def corrected_flow(network=None) -> Flow:
+    """``told_flow`` whose steps are corrected; N(0, I) moved by about its exact step, 1.092 x."""
+    flow, x = operator_flow(), cloud(400)
+    network = network or flow.transports[0].network
+    with torch.no_grad():
+        network.affine.bias[:6] = torch.tensor([0.85, 0.1, 0.0, -0.1, 0.85, 0.05])
+    given = (torch.empty(0, 2), TAU, read_expression("entropy"))
+    made = OperatorTransport(network, x[None], *given, correction=2)
+    anchors, known, corrected = anchored(made, x, flow.source.log_density(x), 3)
+    return Flow(flow.source, [OperatorTransport(network, anchors, *given, None, None, None, None, 2, known, corrected)])
+
+
+def test_where_log_densities_are_known_steps_are_corrected():
+    """Towards the exact step of the Gaussian, by independent points: only the network's own bend stays."""
+    flow, x = corrected_flow(), cloud(2000)
+    exact = (1 + math.sqrt(1 + 4 * TAU)) / 2 * x
+    one, bare = flow.step(x, log_density=flow.source), flow.step(x)
+    assert (one - exact).norm() < 0.15 * (bare - exact).norm()
+    way = flow.evolve(x, 2, log_density=flow.source)
+    assert torch.allclose(way.states[1], one, atol=1e-6) and way.folded == 0
+    assert torch.allclose(flow.evolve(x, 2).states[1], bare, atol=1e-6)
+    volume = flow.source.log_density(x) - way.log_density[1]  # log det: of 1.092 in both directions
+    assert volume.mean() == pytest.approx(2 * math.log((1 + math.sqrt(1 + 4 * TAU)) / 2), abs=0.01)
+    both = flow.step(torch.stack([x, x + 1]), log_density=flow.source.log_density(x).expand(2, -1))
+    assert torch.allclose(both[0], one, atol=1e-5) and both.shape == (2, 2000, 2)
+
+
+def test_samples_are_corrected_as_the_anchors_are(tmp_path):
+    flow = corrected_flow()
+    transport = flow.transports[0]
+    assert transport.corrected.shape == (3, 8, 2) and transport.known is None
+    states = list(transport.path(transport.anchors[0]))
+    assert torch.allclose(states[0], transport.anchors[1], atol=1e-5)
+    assert torch.allclose(states[1], transport.anchors[2], atol=1e-5)
+    flow.save(tmp_path)
+    again = gengrad.load(tmp_path)
+    assert again.transports[0].correction == 2
+    assert torch.equal(again.sample(7, seed=3), flow.sample(7, seed=3))
+    assert torch.equal(again.step(cloud(), log_density=flow.source), flow.step(cloud(), log_density=flow.source))

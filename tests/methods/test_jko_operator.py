@@ -15,11 +15,12 @@ from gengrad.data.draws import generator_for
 from gengrad.evaluation.operators import judge_rollout
 from gengrad.evaluation.references import reference_of
 from gengrad.flows.density_cloud import matched
+from gengrad.flows.newton_correction import pushed_density
 from gengrad.flows.operator import push
 from gengrad.functionals import Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.methods import JKOOperator, Part, Problem
 from gengrad.methods.jko_affine import JKOProblem
-from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, pushed_density, step_loss, taken
+from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, step_loss, taken
 from gengrad.methods.operator_stage import OperatorStage
 from gengrad.networks import SetOperator
 from gengrad.registry import DATASETS
@@ -111,8 +112,8 @@ def bent_operator(d):
 def test_the_pushed_score_is_the_gradient_of_the_pushed_density(d):
     """grad_y log rho'(y) = DT^{-T} grad_x [log rho(x) - log det DT(x)]; for a Gaussian, by autograd of the whole."""
     network, x = bent_operator(d), torch.randn(1, 6, d, dtype=torch.float64)
-    moved, det, after = pushed_density(network, x, x, JKOProblem(Entropy(), 0.3), -x)
     context = network.context(x, 0.3)
+    moved, det, after = pushed_density(network, x, context, -x)
     for k in range(6):
         point = x[0, k]
         jacobian = torch.autograd.functional.jacobian(lambda z: network(z[None], _single(context))[0], point)
@@ -146,10 +147,8 @@ def test_the_gradient_by_scores_is_that_through_log_det_on_average(wide):
     if wide:
         x, weight = 1.5 * x, 1.5 * (-(1.5**2 - 1) / 2 * x[..., 0].square()).exp()
         log_rho = -x[..., 0].square() / 2 - math.log(2 * math.pi) / 2
-    losses = (
-        through,
-        loss_by_score(jko, network, x, seen, log_rho, *pushed_density(network, x, seen, jko, -x), weight),
-    )
+    pushed = pushed_density(network, x, network.context(seen, 0.1), -x)
+    losses = (through, loss_by_score(jko, network, x, seen, log_rho, *pushed, weight))
     assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-3 if wide else 1e-10)
     one, two = (
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]) for loss in losses
@@ -193,7 +192,7 @@ def test_a_quarter_of_every_batch_is_fresh_and_the_horizon_grows():
     training = stage(steps=100, jko_steps=5, curriculum=0.5)
     training.states.age[:] = 7  # so that what comes from the buffer can be told
     for step in range(1, 6):
-        ages = training._batch(Part(step, 8), generator_for(0, "test", step))[4]
+        ages = training._batch(Part(step, 8), generator_for(0, "test", step))[-1]
         assert (ages == 0).sum() == 2 and (ages == 7).sum() == 6
     assert [training._horizon(step) for step in (0, 12, 13, 25, 49, 50, 99)] == [1, 1, 2, 3, 4, 5, 5]
 
@@ -201,7 +200,7 @@ def test_a_quarter_of_every_batch_is_fresh_and_the_horizon_grows():
 def test_initial_measures_alone_where_there_is_no_rollout():
     training = stage(rollout=False)
     for step in range(20):
-        assert training._batch(Part(step, 8), generator_for(0, "test", step))[4].tolist() == [0] * 8
+        assert training._batch(Part(step, 8), generator_for(0, "test", step))[-1].tolist() == [0] * 8
         training.objective(training.networks, Part(step, 8), generator_for(0, "test", step))
     assert training.states.advanced == 0
 

@@ -19,10 +19,15 @@ def fresh(count, generator):
 
 
 def buffer(size=12, seed=0):
-    return StateBuffer(fresh, size, second_moment, seed)
+    return StateBuffer(fresh, size, second_moment, widest, seed)
 
 
-def shrink(x, log_rho, score):
+def widest(x, log_rho):
+    """Stands for what a network looks up."""
+    return x.abs().amax((1, 2), keepdim=True) + log_rho.amin(1)[:, None, None]
+
+
+def shrink(x, log_rho, score, found):
     return x / 2, log_rho + 2 * math.log(2), 2 * score
 
 
@@ -35,6 +40,24 @@ def test_a_state_moves_and_ages_and_keeps_its_place():
     assert torch.allclose(states.energy[:5], energy[:5] / 4) and states.age.tolist() == [1] * 5 + [0] * 7
     states.advance(shrink, 10, horizon=3)  # goes round
     assert states.age.tolist() == [2] * 3 + [1] * 9
+
+
+def test_what_is_looked_up_in_a_cloud_is_that_of_the_cloud_as_it_is():
+    """After moves, ends and fresh measures, and after a state is loaded, which does not hold it."""
+    states = buffer()
+    given = []
+
+    def seen(*state):
+        given.append(state)
+        return shrink(*state)
+
+    for k in range(9):
+        states.advance(seen, 5, horizon=2)
+        assert torch.equal(states.found, widest(states.x, states.log_rho)), k
+    assert all(torch.equal(found, widest(x, log_rho)) for x, log_rho, _, found in given)
+    other = buffer(seed=1)
+    other.load_state(states.state())
+    assert "found" not in states.state() and torch.equal(other.found, states.found)
 
 
 def test_weights_stay_with_their_particles_and_come_anew_with_fresh_ones():
@@ -72,8 +95,8 @@ def test_after_the_first_lives_all_ages_are_there_at_once():
 
 
 def test_states_that_are_not_finite_or_whose_energy_rose_are_dropped():
-    def bad(x, log_rho, score):
-        x, log_rho, score = shrink(x, log_rho, score)
+    def bad(x, log_rho, score, found):
+        x, log_rho, score = shrink(x, log_rho, score, found)
         x[0, 0], log_rho[1, 0] = math.nan, math.inf
         x[2] *= 4  # twice as large as before
         return x, log_rho, score

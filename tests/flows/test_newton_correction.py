@@ -1,0 +1,124 @@
+"""One Newton step of the step's own objective: against closed forms, and where it is not to be trusted."""
+
+import math
+
+import pytest
+import torch
+
+from gengrad.flows.newton_correction import Correction, corrected_push, correction_of
+from gengrad.functionals import Entropy, PotentialEnergy, PowerEntropy
+from gengrad.networks import SetOperator
+
+TAU = 0.1
+
+
+def points(n=60, d=2, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def heat_step(scale, extra=0.0, n=60, d=2, tau=TAU):
+    """(x, y, log rho' and score at y, K x) of independent points of N(0, scale^2 I), y = K (1 + extra) x, K exact."""
+    k = (1 + math.sqrt(1 + 4 * tau / scale**2)) / 2
+    x = scale * points(n, d)
+    y, std = k * (1 + extra) * x, k * (1 + extra) * scale
+    log_rho = -y.square().sum(-1) / (2 * std**2) - d * math.log(std * math.sqrt(2 * math.pi))
+    return x, y, log_rho, -y / std**2, k * x
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_the_exact_step_is_left_as_it_is_whatever_the_points(d, degree):
+    """Few and independent: the residual is zero at every one of them."""
+    x, y, log_rho, score, _ = heat_step(0.7, n=40, d=d)
+    found = correction_of(Entropy(), TAU, x, y, log_rho, score, degree)
+    assert found is not None and found.coefficients.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("extra", [0.02, -0.02])
+@pytest.mark.parametrize("n", [60, 6000])
+def test_of_an_error_less_than_a_tenth_is_left(extra, n):
+    """Newton's method squares it, 2 % to 0.04 %; but the particles know the second derivative to some percent alone."""
+    x, y, log_rho, score, exact = heat_step(0.7, extra, n)
+    moved, jacobian = correction_of(Entropy(), TAU, x, y, log_rho, score, 1)(y)
+    off = (moved - exact).square().mean().sqrt() / (y - exact).square().mean().sqrt()
+    assert off < 0.15 if n == 60 else off < 0.1
+    assert torch.allclose(jacobian, jacobian[:1].expand_as(jacobian))
+
+
+def test_a_bend_that_the_map_lacks_is_found():
+    """F = E V alone, V of the fourth degree: y + tau V'(y) = x; a cubic of y comes nearer than an affine map of it."""
+    functional = PotentialEnergy(lambda x: x.square().sum(-1).square() / 8) + 1e-9 * Entropy()
+    exact = points(400, 1)
+    x, y = exact + TAU * exact**3 / 2, exact + 0.02 * exact**2 - 0.01 * exact**3
+    score, log_rho, errors = -y / y.square().mean(), torch.zeros(400).double(), []
+    for degree in (1, 3):
+        moved, _ = correction_of(functional, TAU, x, y, log_rho, score, degree)(y)
+        errors.append(float((moved - exact).square().mean().sqrt()))
+    assert errors[1] < 0.25 * errors[0] < 0.25 * float((y - exact).square().mean().sqrt())
+
+
+def test_the_porous_medium_too():
+    """m = 2 on the line, Barenblatt profiles: T x = (R' / R) x with R' - R = tau 3 / R'^2 (2-methods, O4)."""
+    radius, after, tau = 1.0, 1.0, 0.05
+    for _ in range(100):
+        after = radius + tau * 3 / after**2
+    u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    theta = torch.linspace(0, math.pi, 200_001, dtype=torch.float64)  # quantiles of 3/4 (1 - z^2), by its law
+    z = -theta.cos()
+    law = (2 + 3 * z - z**3) / 4
+    x = radius * z[torch.searchsorted(law, u)][:, None]
+    stretch = 1.02 * after / radius
+    y = stretch * x
+    end = stretch * radius
+    room = 1 - y[:, 0].square() / end**2
+    log_rho, score = (0.75 * room / end).log(), -2 * y / end**2 / room[:, None]
+    moved, _ = correction_of(PowerEntropy(m=2.0), tau, x, y, log_rho, score, 1)(y)
+    assert float((moved / x).mean()) == pytest.approx(after / radius, rel=1e-3)
+
+
+def test_there_is_none_for_what_is_not_to_be_trusted():
+    x, y, log_rho, score, _ = heat_step(0.7, 0.02)
+    given = (Entropy(), TAU, x, y, log_rho)
+    assert correction_of(*given, score, 1) is not None
+    assert correction_of(*given, torch.zeros_like(score), 1) is None  # a box: no score inside, all of it at the edge
+    assert correction_of(*given, 2 * score, 1) is None
+    nan = torch.where(torch.arange(60) < 40, math.nan, log_rho)
+    assert correction_of(Entropy(), TAU, x, y, nan, score, 1) is None  # two thirds fold
+    assert (
+        correction_of(Entropy(), TAU, x, y, torch.where(torch.arange(60) < 9, math.nan, log_rho), score, 1) is not None
+    )
+    far = PotentialEnergy(lambda x: (x - 50).square().sum(-1)) + Entropy()
+    assert correction_of(far, TAU, x, y, log_rho, score, 1) is None  # many times the step itself
+    hill = PotentialEnergy(lambda x: -20 * x.square().sum(-1)) + Entropy()
+    assert correction_of(hill, TAU, x, y, log_rho, score, 1) is None  # no minimum
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_the_jacobian_is_that_of_the_polynomial_and_it_is_packed_as_it_is(d):
+    torch.manual_seed(0)
+    terms = math.comb(d + 3, d)
+    made = Correction(torch.randn(terms, d).double(), torch.randn(d).double(), torch.tensor(1.7).double())
+    y = points(5, d)
+    moved, jacobian = made(y)
+    for k in range(5):
+        whole = torch.autograd.functional.jacobian(lambda z: made(z[None])[0][0], y[k])
+        assert torch.allclose(jacobian[k], whole)
+    assert made.degree == 3 and torch.equal(Correction.unpacked(made.packed())(y)[0], moved)
+    assert torch.equal(Correction.none(d, 3)(y.float())[0], y.float())
+
+
+def test_log_rho_is_carried_through_the_correction():
+    """On the line: rho' dy = rho dx for neighbours, to the second order of their distance."""
+    torch.manual_seed(0)
+    network = SetOperator(event_shape=(1,), width=8, tokens=2, heads=2, blocks=1).double()
+    with torch.no_grad():
+        network.affine.bias[0] = 0.8  # T x = 1.08 x; exact is 1.09 x
+        network.head[-1].weight.normal_(0, 0.02)
+    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    x = (2**0.5 * torch.erfinv(2 * u - 1))[:, None]
+    log_rho = -x[:, 0].square() / 2 - math.log(2 * math.pi) / 2
+    y, logs, found = corrected_push(network, Entropy(), x, TAU, log_rho, (), 3)
+    assert found is not None and found.coefficients.abs().max() > 1e-3
+    mass = (logs.exp()[1:] + logs.exp()[:-1]) / 2 * y[:, 0].diff()
+    before = (log_rho.exp()[1:] + log_rho.exp()[:-1]) / 2 * x[:, 0].diff()
+    assert torch.allclose(mass[100:-100], before[100:-100], rtol=1e-4)

@@ -14,12 +14,13 @@ the run's Gaussian or profile, and from 32 held-out measures of the training fam
 mixtures with twice as many components at the reach and sizes of the first family, from independent points of the
 training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from that of their law
 by the noise of the cloud, and in the plane from products, mixtures with independent coordinates, even and independent
-points of these; networks that take log densities are told them, but for ``untold`` (the same products). References
+points of these. Log densities are told where there are any, but for ``untold`` (the products, or the training's
+families): networks that take them see them, and steps are corrected (method.correction). References
 (``evaluation/references.py``): on the line all of them, for energies of particles the step of the very cloud, in the
 plane Gaussians, profiles and products. ``fell``: share of all these rollouts in which the energy fell in every step.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
-ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
-share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
+ablation: the same measures for operators trained without one part of the method at equal updates, not corrected;
+``along``: the mean share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
 speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
 (jko_icnn) trained until it passes the operator's error (of 50, 200 and 800 optimiser steps, the first).
 clouds: what a network learns of exact steps of measures in the plane that come as clouds made in four ways, without and
@@ -85,7 +86,7 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
         kinds += [("more_components", more_components(config["method"]), {}), ("independent", initial, {"even": False})]
         if (products := independent_coordinates(flow)) is not None:
             kinds += [("products", products, {}), ("independent_products", products, {"even": False})]
-        if config["network"].get("log_density"):
+        if operator_of(flow).correction or config["network"].get("log_density"):
             kinds += [("untold", products or initial, {"told": False})]
     for name, families, how in kinds:
         held = judge_held_out(flow, families, 2 * horizon, count=count, n=few, seed=seed + 1, **how)
@@ -111,7 +112,7 @@ def several(seed: int, given: argparse.Namespace) -> dict:
 
 
 def ablation(variant: str, seed: int, given: argparse.Namespace) -> dict:
-    raw = config_of("double_well_1", seed, given.steps, **ABLATIONS[variant])
+    raw = config_of("double_well_1", seed, given.steps, correction=0, **ABLATIONS[variant])
     flow, cpu = trained(raw, given.runs / f"ablation_{variant.replace(' ', '_')}_{seed}")
     method, found = flow.info["config"]["method"], {"cpu_seconds": cpu, "train_steps": raw["train"]["steps"]}
     count, steps = 2 if given.quick else ROLLOUTS, 2 * method["jko_steps"]

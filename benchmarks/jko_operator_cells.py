@@ -20,7 +20,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
     "fokker_planck_1": (
         "heat",
-        {"network": BOUND, "method": {"functional": [QUADRATIC, ENTROPY]}, "train": {"steps": 8000}},
+        {"network": BOUND, "method": {"functional": [QUADRATIC, ENTROPY]}, "train": {"steps": 4000}},
     ),
     "double_well_1": (
         "heat",
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict]] = {
         "fokker_planck",
         {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}},
     ),
-    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}}),
+    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 3000}}),
     "porous_medium_1": ("porous_medium", {}),
     "porous_medium_2": ("porous_medium", {"source": {"dimension": 2}, "data": PLANE}),
     "aggregation_1": ("aggregation", {}),

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gengrad.functionals.base import Density, Functional
-from gengrad.functionals.expression import gradient_of
+from gengrad.functionals.base import Density, Functional, terms_of
+from gengrad.functionals.expression import gradient_of, has_pairs
 from gengrad.networks.local_fit import coefficients, scores
 from gengrad.networks.set_operator import FOLD, Context, determinant
 
 LOOSE = 0.25  # how far E <score, y - m> / d may be from -1: beyond that the density has an edge, or points are too few
 FAR = 0.5  # of the way of a step, at most the way of its correction
-CURVED = 1024  # particles by which the second derivatives are taken
+CURVED, PAIRED = 1024, 256  # particles by which second derivatives are taken, where every one meets every other too
+ENOUGH = 4  # particles for each term of a polynomial, at least
+NEAR = 1e-4  # of the way of a step, between the gradients whose differences second derivatives are
 
 
 @dataclass(frozen=True)
@@ -73,74 +75,106 @@ def pushed_density(network: nn.Module, x: Tensor, context: Context, score: Tenso
     return moved.detach(), det, torch.linalg.solve(safe.mT, (score - slope)[..., None])[..., 0]
 
 
+def is_corrected(functional: Functional) -> bool:
+    """Whether steps of this energy can be corrected: not where it compares with samples, whose gradients are solved
+
+    for to some percent, each at the price of many steps.
+    """
+    return not any(term.takes == "samples" for _, term in terms_of(functional))
+
+
 def corrected_push(
-    network: nn.Module, functional: Functional, x: Tensor, tau: float, log_rho: Tensor, weights: Sequence[float],
-    degree: int,
-) -> tuple[Tensor, Tensor, Correction | None]:  # fmt: skip
+    network: nn.Module, functional: Functional, x: Tensor, tau: float, log_rho: Tensor | None,
+    weights: Sequence[float], degree: int,
+) -> tuple[Tensor, Tensor | None, Correction | None]:  # fmt: skip
     """(T x, log rho'(T x), what corrected T) of a cloud x (n, d) with log rho (n,) at it, by a ``degree`` of 1 or more;
 
-    NaN where the map folds.
+    NaN where the map folds. An energy of particles needs no log rho, which is carried where it is given.
     """
     with torch.no_grad():
         context = network.context(x, tau, weights, log_rho)
-    y, det, after = pushed_density(network, x, context, scores(x, log_rho).to(x))
-    logs = log_rho - det.log()
-    found = correction_of(functional, tau, x, y, logs, after, degree)
+    if functional.needs_density:
+        y, det, after = pushed_density(network, x, context, scores(x, log_rho).to(x))
+        logs, density = log_rho - det.log(), Density(log_rho - det.log(), after)
+    else:
+        with torch.no_grad():
+            y, logs, density = network(x, context), None, None
+            if log_rho is not None:
+                logs = log_rho - determinant(network(x, context, jacobian=True)[1]).log()
+    found = correction_of(functional, tau, x, y, density, degree)
     if found is None:
         return y, logs, None
     moved, jacobian = found(y.double())
-    return moved.to(y), logs - determinant(jacobian).log().to(logs), found
+    return moved.to(y), None if logs is None else logs - determinant(jacobian).log().to(logs), found
 
 
 def correction_of(
-    functional: Functional, tau: float, x: Tensor, y: Tensor, log_rho: Tensor, score: Tensor, degree: int
+    functional: Functional, tau: float, x: Tensor, y: Tensor, density: Density | None, degree: int
 ) -> Correction | None:
     """One Newton step of J(T) = E |T x - x|^2 / (2 tau) + F(T_# rho) over y -> y + q(y), q a polynomial; none where it
 
-    is not to be trusted. x, y = T x and ``score`` (n, d), ``log_rho`` (n,): the particles before and after, the score
-    and the log density after; NaN where the map folds.
+    is not to be trusted. x, y = T x (n, d): the particles before and after; ``density``: log rho' and the score at y,
+    where F needs it, NaN where the map folds.
 
     At the minimum (y - x) / tau + grad dF/drho'(y) is zero at every particle. So its mean against each term of q, the
     derivative of J there, has no noise of the cloud at the minimum, be the points even or independent ones. The second
-    derivatives are those of J on the particles. There is none for a density with an edge, of which the integration by
-    parts behind the score is not true (E <score, y - m> is then not -d), and where q would go far, or fold.
+    derivatives are those of J on the particles, differences of its gradients. There is no correction for a density with
+    an edge, of which the integration by parts behind the score is not true (E <score, y - m> is then not -d), and where
+    q would go far, or fold.
     """
-    x, y, log_rho, score = (values.double() for values in (x, y, log_rho, score))
-    sound = log_rho.isfinite() & score.isfinite().all(-1)
-    if int(sound.sum()) < len(x) / 2:
+    x, y = x.double(), y.double()
+    if density is not None:
+        log_rho, score = density.log.double(), density.score.double()
+        sound = log_rho.isfinite() & score.isfinite().all(-1)
+        if int(sound.sum()) < len(x) / 2:
+            return None
+        x, y, density = x[sound], y[sound], Density(log_rho[sound], score[sound])
+        stein = (density.score * (y - y.mean(0))).sum(-1).mean() / x.shape[-1]
+        if not abs(float(stein) + 1) < LOOSE:
+            return None
+    way = float((y - x).square().mean().sqrt())
+    if not way > 0 or len(x) < ENOUGH * math.comb(x.shape[-1] + degree, degree):
         return None
-    x, y, log_rho, score = (values[sound] for values in (x, y, log_rho, score))
     centre = y.mean(0)
-    stein = (score * (y - centre)).sum(-1).mean() / x.shape[-1]
-    if not abs(float(stein) + 1) < LOOSE:
-        return None
     scale = (y - centre).square().mean().sqrt()
-    residual = (y - x) / tau + gradient_of(functional, y, Density(log_rho, score))
+    residual = (y - x) / tau + gradient_of(functional, y, density)
     values, slopes = _monomials((y - centre) / scale, degree)
     slope, slopes = (values.mT @ residual / len(x)).flatten(), slopes / scale
-    few = slice(None, None, max(1, len(x) // CURVED))
-    bend = _second_derivative(functional, tau, *(v[few] for v in (x, y, log_rho, values, slopes)))
+    few = slice(None, None, math.ceil(len(x) / (PAIRED if has_pairs(functional) else CURVED)))
+    log_rho = None if density is None else density.log[few]
+    bend = _second_derivative(
+        functional, y[few], log_rho, values[few], slopes[few], float((y - x).square().mean().sqrt())
+    )
+    bend = bend + torch.kron(values.mT @ values / len(x), torch.eye(x.shape[-1]).to(x)) / tau
     factor, failed = torch.linalg.cholesky_ex(bend)
     if failed:
         return None
     found = Correction(-torch.cholesky_solve(slope[:, None], factor).view(values.shape[1], -1), centre, scale)
     moved, jacobian = found(y)
-    near = (moved - y).square().mean() <= FAR**2 * (y - x).square().mean()
+    near = (moved - y).square().mean().sqrt() <= FAR * way
     return found if near and bool((determinant(jacobian) > FOLD).all()) else None
 
 
 def _second_derivative(
-    functional: Functional, tau: float, x: Tensor, y: Tensor, log_rho: Tensor, values: Tensor, slopes: Tensor
+    functional: Functional, y: Tensor, log_rho: Tensor | None, values: Tensor, slopes: Tensor, way: float
 ) -> Tensor:
-    """That of J in the coefficients (terms, d) of q at zero, as a matrix; symmetric."""
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    with torch.enable_grad():
-        given = torch.zeros(values.shape[1], x.shape[-1], dtype=x.dtype, device=x.device, requires_grad=True)
-        after, det = y + values @ given, determinant(eye + _turned(given, slopes))
-        cost = (after - x).square().sum(-1).mean() / (2 * tau) + functional(after, Density(log_rho - det.log()))
-        (first,) = torch.autograd.grad(cost, given, create_graph=True)
-        rows = [torch.autograd.grad(one, given, retain_graph=True)[0].flatten() for one in first.flatten()]
-    return torch.stack(rows).detach()
+    """That of F in the coefficients (terms, d) of q at zero, as a matrix, by central differences of its gradient:
+
+    functionals that take their gradient on the way have no second one by autograd. ``way``: of the step.
+    """
+    count, d = values.shape[1], y.shape[-1]
+    eye = torch.eye(d, dtype=y.dtype, device=y.device)
+
+    def gradient(given: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf, density = given.view(count, d).requires_grad_(True), None
+            if log_rho is not None:
+                density = Density(log_rho - determinant(eye + _turned(leaf, slopes)).log())
+            return torch.autograd.grad(functional(y + values @ leaf, density), leaf)[0].flatten()
+
+    little = NEAR * way * torch.eye(count * d, dtype=y.dtype, device=y.device)
+    rows = torch.stack([gradient(one) - gradient(-one) for one in little]) / (2 * NEAR * way)
+    return (rows + rows.mT) / 2
 
 
 def _monomials(z: Tensor, degree: int) -> tuple[Tensor, Tensor]:

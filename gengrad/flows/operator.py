@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gengrad.flows.asked import whole
-from gengrad.flows.newton_correction import Correction, corrected_push
+from gengrad.flows.newton_correction import Correction, corrected_push, is_corrected
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
@@ -122,13 +122,15 @@ class OperatorTransport(Transport):
     def moved(
         self, x: Tensor, log_rho: Tensor | None = None, tau: float | None = None, told: bool = True
     ) -> tuple[Tensor, Tensor | None, Correction | None]:
-        """(T x, log rho'(T x), what corrected T) for a cloud x (n, d); without log rho, or not ``told``, nothing does.
+        """(T x, log rho'(T x), what corrected T) for a cloud x (n, d) and log rho (n,) at it, where it is known.
 
-        Not told, the network sees no log densities either.
+        Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step of an energy
+        that needs them.
         """
-        tau = tau or self.tau
-        if log_rho is not None and told and self.correction:
-            return corrected_push(self.network, self.functional(), x, tau, log_rho, self.told(), self.correction)
+        tau, functional = tau or self.tau, self.functional()
+        seen = told and log_rho is not None
+        if self.correction and (seen or not functional.needs_density) and is_corrected(functional):
+            return corrected_push(self.network, functional, x, tau, log_rho, self.told(), self.correction)
         return *push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None), None
 
 
@@ -170,7 +172,7 @@ def anchored(
     return (
         torch.stack(points),
         torch.stack(logs).to(x) if known and transport.network.config.log_density else None,
-        torch.stack(corrections) if known and transport.correction else None,
+        torch.stack(corrections) if transport.correction else None,
     )
 
 
@@ -245,10 +247,11 @@ def step(
     tau, x = _tau(transport, tau), _checked(flow, points)
     network, known = transport.network, _density(flow, points, x, log_density)
     with torch.no_grad():
-        if known is None or not transport.correction:
+        if not transport.correction or (known is None and transport.functional().needs_density):
             return _restored(flow, network(x, network.context(x, tau, transport.told(), known))).cpu()
-        clouds = zip(x.reshape(-1, *x.shape[-2:]), known.reshape(-1, x.shape[-2]))
-        moved = torch.stack([transport.moved(cloud, logs, tau)[0] for cloud, logs in clouds])
+        clouds = x.reshape(-1, *x.shape[-2:])
+        logs = [None] * len(clouds) if known is None else known.reshape(-1, x.shape[-2])
+        moved = torch.stack([transport.moved(cloud, log_rho, tau)[0] for cloud, log_rho in zip(clouds, logs)])
         return _restored(flow, moved.view_as(x)).cpu()
 
 

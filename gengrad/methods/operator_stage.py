@@ -232,8 +232,7 @@ class OperatorStage(Stage):
         fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
         data = settings_of(p.target) if takes(c.functional, "density") else None
-        settings = (c.tau, c.functional, data, family, c.taus, c.weights)
-        settings += (c.correction if self.functional.needs_density else 0,)
+        settings = (c.tau, c.functional, data, family, c.taus, c.weights, c.correction)
         x = standing_for(p.source, c.anchors, p.seed, "operator/anchors").float().to(p.device)
         log_rho = None
         if self.functional.needs_density and hasattr(p.source, "log_density"):

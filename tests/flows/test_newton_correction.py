@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from gengrad.flows.newton_correction import Correction, corrected_push, correction_of
-from gengrad.functionals import Entropy, PotentialEnergy, PowerEntropy
+from gengrad.flows.newton_correction import Correction, corrected_push, correction_of, is_corrected
+from gengrad.functionals import EnergyDistance, Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
+from gengrad.functionals.base import Density
 from gengrad.networks import SetOperator
 
 TAU = 0.1
@@ -30,7 +31,7 @@ def heat_step(scale, extra=0.0, n=60, d=2, tau=TAU):
 def test_the_exact_step_is_left_as_it_is_whatever_the_points(d, degree):
     """Few and independent: the residual is zero at every one of them."""
     x, y, log_rho, score, _ = heat_step(0.7, n=40, d=d)
-    found = correction_of(Entropy(), TAU, x, y, log_rho, score, degree)
+    found = correction_of(Entropy(), TAU, x, y, Density(log_rho, score), degree)
     assert found is not None and found.coefficients.abs().max() < 1e-12
 
 
@@ -39,7 +40,7 @@ def test_the_exact_step_is_left_as_it_is_whatever_the_points(d, degree):
 def test_of_an_error_less_than_a_tenth_is_left(extra, n):
     """Newton's method squares it, 2 % to 0.04 %; but the particles know the second derivative to some percent alone."""
     x, y, log_rho, score, exact = heat_step(0.7, extra, n)
-    moved, jacobian = correction_of(Entropy(), TAU, x, y, log_rho, score, 1)(y)
+    moved, jacobian = correction_of(Entropy(), TAU, x, y, Density(log_rho, score), 1)(y)
     off = (moved - exact).square().mean().sqrt() / (y - exact).square().mean().sqrt()
     assert off < 0.15 if n == 60 else off < 0.1
     assert torch.allclose(jacobian, jacobian[:1].expand_as(jacobian))
@@ -47,12 +48,12 @@ def test_of_an_error_less_than_a_tenth_is_left(extra, n):
 
 def test_a_bend_that_the_map_lacks_is_found():
     """F = E V alone, V of the fourth degree: y + tau V'(y) = x; a cubic of y comes nearer than an affine map of it."""
-    functional = PotentialEnergy(lambda x: x.square().sum(-1).square() / 8) + 1e-9 * Entropy()
+    functional = PotentialEnergy(lambda x: x.square().sum(-1).square() / 8)
     exact = points(400, 1)
     x, y = exact + TAU * exact**3 / 2, exact + 0.02 * exact**2 - 0.01 * exact**3
-    score, log_rho, errors = -y / y.square().mean(), torch.zeros(400).double(), []
+    errors = []
     for degree in (1, 3):
-        moved, _ = correction_of(functional, TAU, x, y, log_rho, score, degree)(y)
+        moved, _ = correction_of(functional, TAU, x, y, None, degree)(y)
         errors.append(float((moved - exact).square().mean().sqrt()))
     assert errors[1] < 0.25 * errors[0] < 0.25 * float((y - exact).square().mean().sqrt())
 
@@ -72,25 +73,38 @@ def test_the_porous_medium_too():
     end = stretch * radius
     room = 1 - y[:, 0].square() / end**2
     log_rho, score = (0.75 * room / end).log(), -2 * y / end**2 / room[:, None]
-    moved, _ = correction_of(PowerEntropy(m=2.0), tau, x, y, log_rho, score, 1)(y)
+    moved, _ = correction_of(PowerEntropy(m=2.0), tau, x, y, Density(log_rho, score), 1)(y)
     assert float((moved / x).mean()) == pytest.approx(after / radius, rel=1e-3)
 
 
 def test_there_is_none_for_what_is_not_to_be_trusted():
     x, y, log_rho, score, _ = heat_step(0.7, 0.02)
-    given = (Entropy(), TAU, x, y, log_rho)
-    assert correction_of(*given, score, 1) is not None
-    assert correction_of(*given, torch.zeros_like(score), 1) is None  # a box: no score inside, all of it at the edge
-    assert correction_of(*given, 2 * score, 1) is None
-    nan = torch.where(torch.arange(60) < 40, math.nan, log_rho)
-    assert correction_of(Entropy(), TAU, x, y, nan, score, 1) is None  # two thirds fold
-    assert (
-        correction_of(Entropy(), TAU, x, y, torch.where(torch.arange(60) < 9, math.nan, log_rho), score, 1) is not None
-    )
-    far = PotentialEnergy(lambda x: (x - 50).square().sum(-1)) + Entropy()
-    assert correction_of(far, TAU, x, y, log_rho, score, 1) is None  # many times the step itself
-    hill = PotentialEnergy(lambda x: -20 * x.square().sum(-1)) + Entropy()
-    assert correction_of(hill, TAU, x, y, log_rho, score, 1) is None  # no minimum
+
+    def found(functional=None, log_rho=log_rho, score=score):
+        return correction_of(functional or Entropy(), TAU, x, y, Density(log_rho, score), 1)
+
+    assert found() is not None
+    assert found(score=torch.zeros_like(score)) is None  # a box: no score inside, all of it at the edge
+    assert found(score=2 * score) is None
+    assert found(log_rho=torch.where(torch.arange(60) < 40, math.nan, log_rho)) is None  # two thirds fold
+    assert found(log_rho=torch.where(torch.arange(60) < 9, math.nan, log_rho)) is not None  # the others say what to do
+    assert correction_of(Entropy(), TAU, x, x, Density(log_rho, score), 1) is None  # a map that stays where it is
+    assert correction_of(Entropy(), TAU, x[:11], y[:11], Density(log_rho[:11], score[:11]), 1) is None  # eleven points
+    assert found(PotentialEnergy(lambda x: (x - 50).square().sum(-1)) + Entropy()) is None  # many times the step itself
+    assert found(PotentialEnergy(lambda x: -20 * x.square().sum(-1)) + Entropy()) is None  # no minimum
+
+
+def test_an_energy_of_particles_needs_no_density():
+    """W = |x - y|^2 / 2: every particle goes towards the mean, by tau / (1 + tau); any affine map is put right.
+
+    But for the second derivatives of F, which a part of the particles knows to some percent.
+    """
+    functional, x = InteractionEnergy(attraction=2.0, repulsion=None), points(500)
+    exact = x.mean(0) + (x - x.mean(0)) / (1 + TAU)
+    y = exact + 0.02 * x @ torch.tensor([[0.5, 0.3], [-0.2, 0.4]]).double() + 0.01
+    moved, _ = correction_of(functional, TAU, x, y, None, 1)(y)
+    assert (moved - exact).norm() < 0.03 * (y - exact).norm()
+    assert not is_corrected(functional + EnergyDistance(x)) and is_corrected(functional + Entropy())
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])

@@ -197,6 +197,30 @@ def test_a_quarter_of_every_batch_is_fresh_and_the_horizon_grows():
     assert [training._horizon(step) for step in (0, 12, 13, 25, 49, 50, 99)] == [1, 1, 2, 3, 4, 5, 5]
 
 
+def test_fresh_measures_come_in_as_many_batches_as_is_asked_for():
+    """Three on average, from blocks that stay for nine steps; a batch has none of them twice."""
+    training, seen = stage(reuse=3, rollout=False), []
+    for step in range(60):
+        x, *_, found, ages = training._batch(Part(step, 4), generator_for(0, "test", step))
+        assert found.shape == (4, 0) and ages.tolist() == [0] * 4
+        seen.append([float(cloud.sum()) for cloud in x])
+        assert len(set(seen[-1])) == 4
+    times = [sum(one in batch for batch in seen) for one in {one for batch in seen for one in batch}]
+    assert len(times) < 0.45 * 60 * 4 and max(times) > 3
+    first = {one: step for step, batch in reversed(list(enumerate(seen))) for one in batch}
+    assert max(step - first[one] for step, batch in enumerate(seen) for one in batch) < 9
+
+
+def test_what_a_network_looks_up_is_that_of_its_clouds():
+    """Marks that were kept are those that the network would find itself, for fresh and for older measures."""
+    training = stage(log_density=True, reuse=2, curriculum=0.0, d=2)
+    for step in (0, 8):
+        training.objective(training.networks, Part(step, 8), generator_for(0, "test", step))
+        x, log_rho, *_, found, _ = training._batch(Part(step + 1, 8), generator_for(0, "test", step + 1))
+        anew = training.networks["operator"].marks(x[:, : training.seen], 0.1, log_rho[:, : training.seen])
+        assert torch.equal(found, anew.columns) and found.abs().sum() > 0
+
+
 def test_initial_measures_alone_where_there_is_no_rollout():
     training = stage(rollout=False)
     for step in range(20):
@@ -364,10 +388,13 @@ def test_weights_that_cannot_be_are_refused(name, tmp_path, capsys):
 
 
 TOLD = {"network.log_density": True, "method.independent": 0.3}
+REUSED = {"network.log_density": True, "method.reuse": 4}  # stopped in the middle of a block's life
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"train.optimizer": "soap"}, SEVERAL, TOLD], ids=["adamw", "soap", "weights", "densities"]
+    "changes",
+    [{}, {"train.optimizer": "soap"}, SEVERAL, TOLD, REUSED],
+    ids=["adamw", "soap", "weights", "densities", "reuse"],
 )
 def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_its_buffer(changes, tmp_path, monkeypatch):
     whole = trained(tmp_path, monkeypatch, "whole", **changes)

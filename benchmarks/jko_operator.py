@@ -87,7 +87,7 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
         kinds += [("more_components", more_components(config["method"]), {}), ("independent", initial, {"even": False})]
         if (products := independent_coordinates(flow)) is not None:
             kinds += [("products", products, {}), ("independent_products", products, {"even": False})]
-        if operator_of(flow).correction or config["network"].get("log_density"):
+        if operator_of(flow).functional().needs_density:
             kinds += [("untold", products or initial, {"told": False})]
     for name, families, how in kinds:
         held = judge_held_out(flow, families, 2 * horizon, count=count, n=few, seed=seed + 1, **how)

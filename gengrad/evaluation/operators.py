@@ -29,7 +29,7 @@ def judge_rollout(
     transport: OperatorTransport, x: Tensor, log_rho: Tensor | None, steps: int,
     reference: Reference | None = None, told: bool = True,
 ) -> list[dict]:  # fmt: skip
-    """One row a step of a rollout from x (n, d); not ``told``, its network goes by the points alone.
+    """One row a step of a rollout from x (n, d); not ``told``, it goes by the points alone.
 
     ``energy``, and where a reference knows all steps ``energy_implicit``; ``gap``: their difference as a share of what
     the reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``:

@@ -14,48 +14,57 @@ from gengrad.functionals.expression import gradient_of, has_pairs
 from gengrad.networks.local_fit import coefficients, scores
 from gengrad.networks.set_operator import FOLD, Context, determinant
 
-LOOSE = 0.25  # how far E <score, y - m> / d may be from -1: beyond that the density has an edge, or points are too few
-FAR = 0.5  # of the way of a step, at most the way of its correction
-CURVED, PAIRED = 1024, 256  # particles by which second derivatives are taken, where every one meets every other too
+# how far E <score, y - m> / d may be from -1, and the entries of E score (y - m)' from those of -I, in standard errors
+# or outright: beyond that the density has an edge, or its score was not found
+LOOSE, ERRORS, EXACT = 0.25, 5.0, 0.02
+FURTHEST = 0.5  # of the way of a step, at most the way of its correction
+PAIRED = 256  # particles by which second derivatives are taken where every one meets every other
 ENOUGH = 4  # particles for each term of a polynomial, at least
 NEAR = 1e-4  # of the way of a step, between the gradients whose differences second derivatives are
 
 
 @dataclass(frozen=True)
 class Correction:
-    """y -> y + q(y), q a polynomial of (y - ``centre``) / ``scale``: coefficients (terms, d), centre (d,), scale ()."""
+    """y -> y + q(z), q a polynomial of z = (y - ``centre``) / ``scale`` with ``coefficients`` (terms, d).
+
+    Beyond ``reach`` (d,), the largest |z| of the cloud in each coordinate, z counts as that: nothing is known there.
+    """
 
     coefficients: Tensor
     centre: Tensor
     scale: Tensor
+    reach: Tensor
 
     def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y + q(y) and I + Dq(y), (n, d) and (n, d, d)."""
-        values, slopes = _monomials((y - self.centre) / self.scale, self.degree)
-        eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-        return y + values @ self.coefficients, eye + _turned(self.coefficients, slopes / self.scale)
+        """y + q and I + Dq, (n, d) and (n, d, d)."""
+        z = (y - self.centre) / self.scale
+        values, slopes = _monomials(z.clamp(-self.reach, self.reach), self.degree)
+        slopes = slopes * (z.abs() <= self.reach)[:, None] / self.scale
+        return y + values @ self.coefficients, _turned(self.coefficients, slopes)
 
     @property
     def degree(self) -> int:
         terms, d = self.coefficients.shape
         return next(k for k in range(terms) if math.comb(d + k, d) == terms)
 
-    @classmethod
-    def none(cls, d: int, degree: int) -> Correction:
-        """q = 0."""
-        return cls(torch.zeros(math.comb(d + degree, d), d), torch.zeros(d), torch.ones(()))
-
-    def packed(self) -> Tensor:
-        """(terms + 2, d): the coefficients, the centre and the scale."""
-        return torch.cat([self.coefficients, self.centre[None], self.scale.expand(1, len(self.centre))])
+    def packed(self, degree: int) -> Tensor:
+        """The coefficients of a polynomial of this degree, centre, scale and reach, (terms + 3, d)."""
+        d = len(self.centre)
+        none = self.coefficients.new_zeros(math.comb(d + degree, d) - len(self.coefficients), d)
+        return torch.cat([self.coefficients, none, self.centre[None], self.scale.expand(1, d), self.reach[None]])
 
     @classmethod
     def unpacked(cls, rows: Tensor) -> Correction:
-        return cls(rows[:-2], rows[-2], rows[-1, 0])
+        return cls(rows[:-3], rows[-3], rows[-2, 0], rows[-1])
+
+    @classmethod
+    def none(cls, d: int) -> Correction:
+        """q = 0."""
+        return cls(torch.zeros(1, d), torch.zeros(d), torch.ones(()), torch.ones(d))
 
 
-def pushed_density(network: nn.Module, x: Tensor, context: Context, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(T x, det DT, grad log rho'(T x)) for x and score (measures, n, d), detached; the context that of the measures.
+def scored_push(network: nn.Module, x: Tensor, context: Context, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(T x, det DT, grad log rho'(T x)) for x and score (..., n, d), detached; the context that of the measures.
 
     log rho'(T x) = log rho(x) - log det DT(x), so that grad log rho'(T x) = DT^{-T} (score - grad log det DT).
     """
@@ -76,13 +85,14 @@ def pushed_density(network: nn.Module, x: Tensor, context: Context, score: Tenso
 
 
 def is_corrected(functional: Functional) -> bool:
-    """Whether steps of this energy can be corrected: not where it compares with samples, whose gradients are solved
+    """Whether steps of this energy can be corrected: not where it compares with samples, of which some dozens of
 
-    for to some percent, each at the price of many steps.
+    gradients cost more than they are worth (a Sinkhorn divergence's are solved for, and to some percent).
     """
     return not any(term.takes == "samples" for _, term in terms_of(functional))
 
 
+@torch.inference_mode(False)
 def corrected_push(
     network: nn.Module, functional: Functional, x: Tensor, tau: float, log_rho: Tensor | None,
     weights: Sequence[float], degree: int,
@@ -91,16 +101,22 @@ def corrected_push(
 
     NaN where the map folds. An energy of particles needs no log rho, which is carried where it is given.
     """
+    x, log_rho = x.detach().clone(), None if log_rho is None else log_rho.clone()  # of no inference mode
     with torch.no_grad():
         context = network.context(x, tau, weights, log_rho)
+    density = logs = None
     if functional.needs_density:
-        y, det, after = pushed_density(network, x, context, scores(x, log_rho).to(x))
-        logs, density = log_rho - det.log(), Density(log_rho - det.log(), after)
+        if context.marks is None:
+            score = scores(x, log_rho)
+        else:
+            score = context.marks.at(context.away)[..., : x.shape[1]] / (context.marks.unit * context.scale)
+        y, det, after = scored_push(network, x, context, score.to(x))
+        logs = log_rho - det.log()
+        density = Density(logs, after)
     else:
         with torch.no_grad():
-            y, logs, density = network(x, context), None, None
-            if log_rho is not None:
-                logs = log_rho - determinant(network(x, context, jacobian=True)[1]).log()
+            y, jacobian = (network(x, context), None) if log_rho is None else network(x, context, jacobian=True)
+        logs = None if log_rho is None else log_rho - determinant(jacobian).log()
     found = correction_of(functional, tau, x, y, density, degree)
     if found is None:
         return y, logs, None
@@ -111,16 +127,16 @@ def corrected_push(
 def correction_of(
     functional: Functional, tau: float, x: Tensor, y: Tensor, density: Density | None, degree: int
 ) -> Correction | None:
-    """One Newton step of J(T) = E |T x - x|^2 / (2 tau) + F(T_# rho) over y -> y + q(y), q a polynomial; none where it
+    """One Newton step of J(T) = E |T x - x|^2 / (2 tau) + F(T_# rho) over y -> y + q(y), q a polynomial of at most this
 
-    is not to be trusted. x, y = T x (n, d): the particles before and after; ``density``: log rho' and the score at y,
-    where F needs it, NaN where the map folds.
+    degree, ``ENOUGH`` particles to a term; none where it is not to be trusted. x, y = T x (n, d): the particles before
+    and after; ``density``: log rho' and the score at y, where F needs it, NaN where the map folds.
 
     At the minimum (y - x) / tau + grad dF/drho'(y) is zero at every particle. So its mean against each term of q, the
     derivative of J there, has no noise of the cloud at the minimum, be the points even or independent ones. The second
-    derivatives are those of J on the particles, differences of its gradients. There is no correction for a density with
-    an edge, of which the integration by parts behind the score is not true (E <score, y - m> is then not -d), and where
-    q would go far, or fold.
+    derivatives are those of J on the particles. There is no correction for a density with an edge, of which the
+    integration by parts behind the score is not true (E score (y - m)' is then not -I), where F cannot be taken of the
+    particles, and where q would go far, or fold.
     """
     x, y = x.double(), y.double()
     if density is not None:
@@ -129,48 +145,63 @@ def correction_of(
         if int(sound.sum()) < len(x) / 2:
             return None
         x, y, density = x[sound], y[sound], Density(log_rho[sound], score[sound])
-        stein = (density.score * (y - y.mean(0))).sum(-1).mean() / x.shape[-1]
-        if not abs(float(stein) + 1) < LOOSE:
+        if not _has_no_edge(y, density.score):
             return None
-    way = float((y - x).square().mean().sqrt())
-    if not way > 0 or len(x) < ENOUGH * math.comb(x.shape[-1] + degree, degree):
+    (n, d), way = x.shape, float((y - x).square().mean().sqrt())
+    while degree and n < ENOUGH * math.comb(d + degree, d):
+        degree -= 1
+    if not degree or not way > 0:
         return None
     centre = y.mean(0)
     scale = (y - centre).square().mean().sqrt()
-    residual = (y - x) / tau + gradient_of(functional, y, density)
-    values, slopes = _monomials((y - centre) / scale, degree)
-    slope, slopes = (values.mT @ residual / len(x)).flatten(), slopes / scale
-    few = slice(None, None, math.ceil(len(x) / (PAIRED if has_pairs(functional) else CURVED)))
-    log_rho = None if density is None else density.log[few]
-    bend = _second_derivative(
-        functional, y[few], log_rho, values[few], slopes[few], float((y - x).square().mean().sqrt())
-    )
-    bend = bend + torch.kron(values.mT @ values / len(x), torch.eye(x.shape[-1]).to(x)) / tau
+    z = (y - centre) / scale
+    values, slopes = _monomials(z, degree)
+    try:
+        residual = (y - x) / tau + gradient_of(functional, y, density)
+        bend = _second_derivative(functional, y, density, values, slopes / scale, way)
+    except ValueError:  # as where particles coincide and an interaction is infinite
+        return None
+    bend = bend + torch.kron(values.mT @ values / n, torch.eye(d).to(x)) / tau
     factor, failed = torch.linalg.cholesky_ex(bend)
     if failed:
         return None
-    found = Correction(-torch.cholesky_solve(slope[:, None], factor).view(values.shape[1], -1), centre, scale)
+    slope = (values.mT @ residual / n).flatten()
+    coefficients = -torch.cholesky_solve(slope[:, None], factor).view(-1, d)
+    found = Correction(coefficients, centre, scale, z.abs().amax(0))
     moved, jacobian = found(y)
-    near = (moved - y).square().mean().sqrt() <= FAR * way
-    return found if near and bool((determinant(jacobian) > FOLD).all()) else None
+    near = (moved - y).square().mean().sqrt() <= FURTHEST * way
+    return found if near and bool((torch.linalg.det(jacobian) > FOLD).all()) else None
+
+
+def _has_no_edge(y: Tensor, score: Tensor) -> bool:
+    """Whether E score (y - m)' = -I as far as so many particles can tell, for a smooth density's integral by parts."""
+    products = score[:, :, None] * (y - y.mean(0))[:, None]
+    off = products.mean(0) + torch.eye(y.shape[-1]).to(y)
+    error = products.std(0) / len(y) ** 0.5
+    loose = off.diagonal().mean().abs() < LOOSE
+    return bool(loose and (off.abs() < (ERRORS * error).clamp_min(EXACT)).all())
 
 
 def _second_derivative(
-    functional: Functional, y: Tensor, log_rho: Tensor | None, values: Tensor, slopes: Tensor, way: float
+    functional: Functional, y: Tensor, density: Density | None, values: Tensor, slopes: Tensor, way: float
 ) -> Tensor:
     """That of F in the coefficients (terms, d) of q at zero, as a matrix, by central differences of its gradient:
 
-    functionals that take their gradient on the way have no second one by autograd. ``way``: of the step.
+    functionals that take their gradient on the way have no second one by autograd. ``way``: of the step. Where every
+    particle meets every other, by some of them, chosen by their places, not by their order.
     """
+    log_rho = None if density is None else density.log
+    if has_pairs(functional) and len(y) > PAIRED:
+        few = y.sum(1).argsort()[torch.arange(PAIRED, device=y.device) * len(y) // PAIRED]
+        y, values, slopes, log_rho = (v if v is None else v[few] for v in (y, values, slopes, log_rho))
     count, d = values.shape[1], y.shape[-1]
-    eye = torch.eye(d, dtype=y.dtype, device=y.device)
 
     def gradient(given: Tensor) -> Tensor:
         with torch.enable_grad():
-            leaf, density = given.view(count, d).requires_grad_(True), None
+            leaf, after = given.view(count, d).requires_grad_(True), None
             if log_rho is not None:
-                density = Density(log_rho - determinant(eye + _turned(leaf, slopes)).log())
-            return torch.autograd.grad(functional(y + values @ leaf, density), leaf)[0].flatten()
+                after = Density(log_rho - determinant(_turned(leaf, slopes)).log())
+            return torch.autograd.grad(functional(y + values @ leaf, after), leaf)[0].flatten()
 
     little = NEAR * way * torch.eye(count * d, dtype=y.dtype, device=y.device)
     rows = torch.stack([gradient(one) - gradient(-one) for one in little]) / (2 * NEAR * way)
@@ -192,5 +223,5 @@ def _monomials(z: Tensor, degree: int) -> tuple[Tensor, Tensor]:
 
 
 def _turned(coefficients: Tensor, slopes: Tensor) -> Tensor:
-    """Dq (n, d, d) of the coefficients (terms, d) and the gradients of the terms (n, terms, d)."""
-    return coefficients.mT @ slopes
+    """I + Dq (n, d, d) of the coefficients (terms, d) and the gradients of the terms (n, terms, d)."""
+    return torch.eye(slopes.shape[-1]).to(slopes) + coefficients.mT @ slopes

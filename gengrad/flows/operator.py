@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gengrad.flows.asked import whole
-from gengrad.flows.newton_correction import Correction, corrected_push, is_corrected
+from gengrad.flows.newton_correction import Correction, corrected_push
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
@@ -41,7 +41,7 @@ class OperatorTransport(Transport):
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``; ``weights`` the range of
     the weight of each term of that name, where it takes others than those of ``terms``. ``correction``: the degree of
     the polynomial by which a step is corrected where log densities are known (``correction_of``), 0 for none;
-    ``corrected`` (K, terms + 2, d): the corrections of the anchors' steps, ``packed``.
+    ``corrected`` (K, terms + 3, d): the corrections of the anchors' steps, ``packed``.
     """
 
     kind = "operator"
@@ -128,8 +128,7 @@ class OperatorTransport(Transport):
         that needs them.
         """
         tau, functional = tau or self.tau, self.functional()
-        seen = told and log_rho is not None
-        if self.correction and (seen or not functional.needs_density) and is_corrected(functional):
+        if self.correction and (not functional.needs_density or (told and log_rho is not None)):
             return corrected_push(self.network, functional, x, tau, log_rho, self.told(), self.correction)
         return *push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None), None
 
@@ -166,7 +165,7 @@ def anchored(
     for _ in range(steps):
         states.append((x, log_rho))
         x, log_rho, found = transport.moved(x, log_rho)
-        corrections.append((found or Correction.none(x.shape[1], transport.correction)).packed().to(x))
+        corrections.append((found or Correction.none(x.shape[1])).packed(transport.correction).to(x))
     points, logs = zip(*states)
     known = logs[0] is not None
     return (
@@ -246,11 +245,12 @@ def step(
     transport = operator_of(flow).reweighted(weights)
     tau, x = _tau(transport, tau), _checked(flow, points)
     network, known = transport.network, _density(flow, points, x, log_density)
+    needs = transport.functional().needs_density
     with torch.no_grad():
-        if not transport.correction or (known is None and transport.functional().needs_density):
+        if not transport.correction or (needs and known is None):
             return _restored(flow, network(x, network.context(x, tau, transport.told(), known))).cpu()
-        clouds = x.reshape(-1, *x.shape[-2:])
-        logs = [None] * len(clouds) if known is None else known.reshape(-1, x.shape[-2])
+        clouds = x.reshape(-1, *x.shape[-2:])  # each has its own correction
+        logs = known.reshape(-1, x.shape[-2]) if needs else [None] * len(clouds)
         moved = torch.stack([transport.moved(cloud, log_rho, tau)[0] for cloud, log_rho in zip(clouds, logs)])
         return _restored(flow, moved.view_as(x)).cpu()
 

@@ -46,7 +46,7 @@ def loss_by_score(
     """``step_loss`` with the gradient E <(T x - x) / tau + grad dF/drho'(T x), dT>, internal energies by parts.
 
     On average that is the gradient through log det, for smooth densities on all of space; but at the minimum it is
-    zero particle by particle. ``moved``, ``det``, ``after``: T x, det DT and the score there, of ``pushed_density``;
+    zero particle by particle. ``moved``, ``det``, ``after``: T x, det DT and the score there, of ``scored_push``;
     ``weight`` (measures, n): of the particles in the mean.
     """
     flat = [values.flatten(0, 1) for values in (moved, log_rho - det.log(), after)]

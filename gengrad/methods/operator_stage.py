@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gengrad.data.draws import generator_for
 from gengrad.data.families import clouds
 from gengrad.flows.density_cloud import standing_for
-from gengrad.flows.newton_correction import pushed_density
+from gengrad.flows.newton_correction import is_corrected, scored_push
 from gengrad.flows.operator import OperatorTransport, anchored, energies_of, family_of, push
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Functional
@@ -91,7 +91,7 @@ class OperatorStage(Stage):
         operator = self.networks["operator"]
         with torch.no_grad():
             context = operator.context(seen, jko.tau, jko.weights, known)
-        moved, det, after = pushed_density(operator, x, context, score)
+        moved, det, after = scored_push(operator, x, context, score)
         smooth = (after.isfinite().all(-1) & (det > FOLD)).all(-1)
         total = x.new_zeros(())
         if smooth.any():
@@ -188,7 +188,7 @@ class OperatorStage(Stage):
         ahead, carried = push(network, seen, jko.tau, own, seen, jko.weights, known)
         with torch.no_grad():
             context = network.context(seen, jko.tau, jko.weights, known)
-        y, det, after = pushed_density(network, x[:, n:], context, score[:, n:])
+        y, det, after = scored_push(network, x[:, n:], context, score[:, n:])
         # a fold has a NaN, so that the state is dropped
         carried = log_rho[:, :n] if carried is None else carried
         both = (ahead, y), (carried, log_rho[:, n:] - det.log()), (score[:, :n], after)
@@ -232,7 +232,8 @@ class OperatorStage(Stage):
         fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
         data = settings_of(p.target) if takes(c.functional, "density") else None
-        settings = (c.tau, c.functional, data, family, c.taus, c.weights, c.correction)
+        correction = c.correction if is_corrected(self.functional) else 0
+        settings = (c.tau, c.functional, data, family, c.taus, c.weights, correction)
         x = standing_for(p.source, c.anchors, p.seed, "operator/anchors").float().to(p.device)
         log_rho = None
         if self.functional.needs_density and hasattr(p.source, "log_density"):

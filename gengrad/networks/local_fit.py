@@ -59,10 +59,15 @@ def coefficients(d: int, degree: int = len(PRICES)) -> list[tuple[int, ...]]:
     return [chosen for k in range(1, degree + 1) for chosen in combinations_with_replacement(range(d), k)]
 
 
+def moments(particles: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (..., 1, d) and scale (..., 1, 1) of clouds (..., N, d): the root of the mean variance of a coordinate."""
+    mean = particles.mean(-2, keepdim=True)
+    return mean, (particles - mean).square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
+
+
 def scores(particles: Tensor, log_density: Tensor) -> Tensor:
     """grad log rho at particles (..., N, d) of log rho (..., N), as it is ``fitted``."""
-    mean = particles.mean(-2, keepdim=True)
-    scale = (particles - mean).square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
+    mean, scale = moments(particles)
     away = (particles - mean) / scale
     return fitted(away, log_density, torch.ones_like(scale)).at(away)[..., : particles.shape[-1]] / scale
 
@@ -88,8 +93,8 @@ def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:
     columns = found.new_empty(len(x), found.shape[-1])
     columns[known] = found[which]
     if not known.all():
-        near = torch.from_numpy(tree.query(x[~known].nan_to_num().cpu().numpy())[1])
-        columns[~known] = found[near.to(found.device)]
+        near = torch.from_numpy(tree.query(x[~known].nan_to_num(0.0, 0.0, 0.0).cpu().numpy())[1])
+        columns[~known] = found[near.clamp_max(len(found) - 1).to(found.device)]  # what is too far has no nearest one
     return columns
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gengrad.networks.kernels import Marks, smoothed
-from gengrad.networks.local_fit import coefficients, fitted
+from gengrad.networks.local_fit import coefficients, fitted, moments
 from gengrad.networks.mlp import perceptron
 from gengrad.registry import NETWORKS, Configured, Settings
 
@@ -192,7 +192,7 @@ class SetOperator(nn.Module, Configured):
             marks = self.marks(particles, tau, marks)
         if self.blind is not None and marks is None:
             return self.blind.context(particles, tau, weights)
-        mean, scale = _moments(particles)
+        mean, scale = moments(particles)
         away = (particles - mean) / scale
         rows, columns = torch.triu_indices(self.d, self.d)
         covariance = (away.mT @ away / away.shape[-2])[..., rows, columns].unsqueeze(-2)
@@ -217,7 +217,7 @@ class SetOperator(nn.Module, Configured):
 
     def columns(self, particles: Tensor, log_density: Tensor) -> Tensor:
         """``Marks.columns`` of particles (..., N, d) by log rho (..., N) there, zero where none is known."""
-        mean, scale = _moments(particles)
+        mean, scale = moments(particles)
         return fitted((particles - mean) / scale, log_density, scale).columns
 
     def marks(
@@ -236,7 +236,7 @@ class SetOperator(nn.Module, Configured):
                 f"log densities are known of {int(told.sum())} of {told.numel()} clouds: move the others by themselves"
             )
         columns = self.columns(particles, log_density) if columns is None else columns
-        return Marks(columns, (math.sqrt(2 * tau) / _moments(particles)[1]).clamp_max(WIDEST))
+        return Marks(columns, (math.sqrt(2 * tau) / moments(particles)[1]).clamp_max(WIDEST))
 
     def forward(
         self, x: Tensor, measure: Context | Tensor, tau: float | None = None, weights: Sequence[float] = (),
@@ -296,12 +296,6 @@ class SetOperator(nn.Module, Configured):
 
     def _beside(self, x: Tensor, away: Tensor, known: Tensor, *local: Tensor) -> Tensor:
         return torch.cat([x[..., : self.located], away, known.expand(*x.shape[:-1], -1), *local], -1)
-
-
-def _moments(particles: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (..., 1, d) and scale (..., 1, 1) of clouds (..., N, d): the root of the mean variance of a coordinate."""
-    mean = particles.mean(-2, keepdim=True)
-    return mean, (particles - mean).square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
 
 
 def determinant(jacobian: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from gengrad.networks import SetOperator
 TAU = 0.1
 
 
+def eye(d):
+    return torch.eye(d, dtype=torch.float64)
+
+
 def points(n=60, d=2, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -90,8 +94,36 @@ def test_there_is_none_for_what_is_not_to_be_trusted():
     assert found(log_rho=torch.where(torch.arange(60) < 9, math.nan, log_rho)) is not None  # the others say what to do
     assert correction_of(Entropy(), TAU, x, x, Density(log_rho, score), 1) is None  # a map that stays where it is
     assert correction_of(Entropy(), TAU, x[:11], y[:11], Density(log_rho[:11], score[:11]), 1) is None  # eleven points
+    fewer = correction_of(Entropy(), TAU, x[:30], y[:30], Density(log_rho[:30], score[:30]), 3)
+    assert fewer.degree == 2  # a cubic has ten terms
+    twice = torch.cat([y, y])
+    assert correction_of(InteractionEnergy(), TAU, torch.cat([x, x]), twice, None, 1) is None  # infinite
     assert found(PotentialEnergy(lambda x: (x - 50).square().sum(-1)) + Entropy()) is None  # many times the step itself
     assert found(PotentialEnergy(lambda x: -20 * x.square().sum(-1)) + Entropy()) is None  # no minimum
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_a_density_with_an_edge_has_none(d):
+    """A Gaussian cut at 1.5 deviations: its score inside is that of the whole, and misses what the edge does."""
+    x = points(4000, d)
+    x = x[(x.abs() < 1.5).all(-1)]
+    found = correction_of(Entropy(), TAU, x, 1.09 * x, Density(-x.square().sum(-1) / 2, -x / 1.09), 3)
+    whole = points(4000, d)
+    same = correction_of(Entropy(), TAU, whole, 1.09 * whole, Density(-whole.square().sum(-1) / 2, -whole / 1.09), 3)
+    assert found is None and same is not None
+
+
+def test_the_order_of_the_particles_and_their_number_do_not_matter():
+    """The same of every particle that comes twice; where every one meets every other, by places, not by numbers."""
+    x, y, log_rho, score, _ = heat_step(0.7, 0.02, n=700)
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    for functional in (Entropy(), Entropy() + 0.1 * InteractionEnergy(attraction=2.0, repulsion=None)):
+        one = correction_of(functional, TAU, x, y, Density(log_rho, score), 2)
+        two = correction_of(functional, TAU, x[order], y[order], Density(log_rho[order], score[order]), 2)
+        both = (torch.cat([v, v]) for v in (x, y))
+        three = correction_of(functional, TAU, *both, Density(log_rho.repeat(2), score.repeat(2, 1)), 2)
+        for other in (two, three):
+            assert torch.allclose(other(y)[0], one(y)[0], atol=1e-8)
 
 
 def test_an_energy_of_particles_needs_no_density():
@@ -104,6 +136,10 @@ def test_an_energy_of_particles_needs_no_density():
     y = exact + 0.02 * x @ torch.tensor([[0.5, 0.3], [-0.2, 0.4]]).double() + 0.01
     moved, _ = correction_of(functional, TAU, x, y, None, 1)(y)
     assert (moved - exact).norm() < 0.03 * (y - exact).norm()
+    x4 = points(500, 4)  # no determinant is written out there, and none is needed
+    y4 = (x4 - x4.mean(0)) / (1.02 + TAU)
+    moved = correction_of(functional, TAU, x4, y4, None, 1)(y4)[0]
+    assert (moved - x4.mean(0) - (x4 - x4.mean(0)) / (1 + TAU)).norm() < 0.03 * (moved - x4).norm()
     assert not is_corrected(functional + EnergyDistance(x)) and is_corrected(functional + Entropy())
 
 
@@ -111,14 +147,20 @@ def test_an_energy_of_particles_needs_no_density():
 def test_the_jacobian_is_that_of_the_polynomial_and_it_is_packed_as_it_is(d):
     torch.manual_seed(0)
     terms = math.comb(d + 3, d)
-    made = Correction(torch.randn(terms, d).double(), torch.randn(d).double(), torch.tensor(1.7).double())
+    reach = torch.full((d,), 0.8).double()
+    made = Correction(torch.randn(terms, d).double(), torch.randn(d).double(), torch.tensor(1.7).double(), reach)
     y = points(5, d)
     moved, jacobian = made(y)
     for k in range(5):
         whole = torch.autograd.functional.jacobian(lambda z: made(z[None])[0][0], y[k])
         assert torch.allclose(jacobian[k], whole)
-    assert made.degree == 3 and torch.equal(Correction.unpacked(made.packed())(y)[0], moved)
-    assert torch.equal(Correction.none(d, 3)(y.float())[0], y.float())
+    assert made.degree == 3 and torch.equal(Correction.unpacked(made.packed(3))(y)[0], moved)
+    wider = Correction.unpacked(made.packed(5))
+    assert wider.degree == 5 and torch.allclose(wider(y)[0], moved)
+    assert torch.equal(Correction.none(d)(y.float())[0], y.float())
+    assert Correction.unpacked(Correction.none(d).packed(3)).degree == 3
+    far = y + 100  # beyond its cloud, all that is known is what it does at the edge
+    assert torch.allclose(made(far)[0] - far, (made(y + 200)[0] - y - 200)) and torch.equal(made(far)[1][0], eye(d))
 
 
 def test_log_rho_is_carried_through_the_correction():

@@ -357,27 +357,33 @@ def test_steps_of_nothing_are_refused_by_the_command(tmp_path, capsys):
     assert "at least 1; got 0" in capsys.readouterr().err
 
 
-def corrected_flow(network=None) -> Flow:
-    """``told_flow`` whose steps are corrected; N(0, I) moved by about its exact step, 1.092 x."""
-    flow, x = operator_flow(), cloud(400)
-    network = network or flow.transports[0].network
+def corrected_flow(log_density: bool) -> Flow:
+    """N(0, I) moved by about its exact step, 1.092 x, by a network that takes log densities or not, and corrected."""
+    torch.manual_seed(0)
+    network = SetOperator(event_shape=(2,), width=8, tokens=2, heads=2, blocks=1, log_density=log_density)
     with torch.no_grad():
         network.affine.bias[:6] = torch.tensor([0.85, 0.1, 0.0, -0.1, 0.85, 0.05])
-    given = (torch.empty(0, 2), TAU, read_expression("entropy"))
+    x, given, source = cloud(400), (torch.empty(0, 2), TAU, read_expression("entropy")), Gaussian(mean=[0.0, 0.0])
     made = OperatorTransport(network, x[None], *given, correction=2)
-    anchors, known, corrected = anchored(made, x, flow.source.log_density(x), 3)
-    return Flow(flow.source, [OperatorTransport(network, anchors, *given, None, None, None, None, 2, known, corrected)])
+    anchors, known, corrected = anchored(made, x, source.log_density(x), 3)
+    return Flow(source, [OperatorTransport(network, anchors, *given, None, None, None, None, 2, known, corrected)])
 
 
-def test_where_log_densities_are_known_steps_are_corrected():
+@pytest.mark.parametrize("log_density", [False, True])
+def test_where_log_densities_are_known_steps_are_corrected(log_density):
     """Towards the exact step of the Gaussian, by independent points: only the network's own bend stays."""
-    flow, x = corrected_flow(), cloud(2000)
+    flow, x = corrected_flow(log_density), cloud(2000)
     exact = (1 + math.sqrt(1 + 4 * TAU)) / 2 * x
     one, bare = flow.step(x, log_density=flow.source), flow.step(x)
-    assert (one - exact).norm() < 0.15 * (bare - exact).norm()
+    network = flow.transports[0].network
+    with torch.no_grad():
+        plain = network(x, x, TAU, log_density=flow.source.log_density(x))
+    assert (one - exact).norm() < 0.15 * (plain - exact).norm()
     way = flow.evolve(x, 2, log_density=flow.source)
     assert torch.allclose(way.states[1], one, atol=1e-6) and way.folded == 0
     assert torch.allclose(flow.evolve(x, 2).states[1], bare, atol=1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(flow.step(x, log_density=flow.source), one, atol=1e-6)
     volume = flow.source.log_density(x) - way.log_density[1]  # log det: of 1.092 in both directions
     assert volume.mean() == pytest.approx(2 * math.log((1 + math.sqrt(1 + 4 * TAU)) / 2), abs=0.01)
     both = flow.step(torch.stack([x, x + 1]), log_density=flow.source.log_density(x).expand(2, -1))
@@ -385,9 +391,9 @@ def test_where_log_densities_are_known_steps_are_corrected():
 
 
 def test_samples_are_corrected_as_the_anchors_are(tmp_path):
-    flow = corrected_flow()
+    flow = corrected_flow(log_density=True)
     transport = flow.transports[0]
-    assert transport.corrected.shape == (3, 8, 2) and transport.known is None
+    assert transport.corrected.shape == (3, 9, 2) and transport.known.shape == (3, 400)
     states = list(transport.path(transport.anchors[0]))
     assert torch.allclose(states[0], transport.anchors[1], atol=1e-5)
     assert torch.allclose(states[1], transport.anchors[2], atol=1e-5)

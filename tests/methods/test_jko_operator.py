@@ -15,7 +15,7 @@ from gengrad.data.draws import generator_for
 from gengrad.evaluation.operators import judge_rollout
 from gengrad.evaluation.references import reference_of
 from gengrad.flows.density_cloud import matched
-from gengrad.flows.newton_correction import pushed_density
+from gengrad.flows.newton_correction import scored_push
 from gengrad.flows.operator import push
 from gengrad.functionals import Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.methods import JKOOperator, Part, Problem
@@ -109,11 +109,11 @@ def bent_operator(d):
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])
-def test_the_pushed_score_is_the_gradient_of_the_pushed_density(d):
+def test_the_pushed_score_is_the_gradient_of_the_scored_push(d):
     """grad_y log rho'(y) = DT^{-T} grad_x [log rho(x) - log det DT(x)]; for a Gaussian, by autograd of the whole."""
     network, x = bent_operator(d), torch.randn(1, 6, d, dtype=torch.float64)
     context = network.context(x, 0.3)
-    moved, det, after = pushed_density(network, x, context, -x)
+    moved, det, after = scored_push(network, x, context, -x)
     for k in range(6):
         point = x[0, k]
         jacobian = torch.autograd.functional.jacobian(lambda z: network(z[None], _single(context))[0], point)
@@ -147,7 +147,7 @@ def test_the_gradient_by_scores_is_that_through_log_det_on_average(wide):
     if wide:
         x, weight = 1.5 * x, 1.5 * (-(1.5**2 - 1) / 2 * x[..., 0].square()).exp()
         log_rho = -x[..., 0].square() / 2 - math.log(2 * math.pi) / 2
-    pushed = pushed_density(network, x, network.context(seen, 0.1), -x)
+    pushed = scored_push(network, x, network.context(seen, 0.1), -x)
     losses = (through, loss_by_score(jko, network, x, seen, log_rho, *pushed, weight))
     assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-3 if wide else 1e-10)
     one, two = (

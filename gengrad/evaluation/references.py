@@ -28,7 +28,7 @@ def reference_of(transport: OperatorTransport, law: Distribution, x: Tensor, log
     """
     truth = truth_of_flow({"functional": transport.terms, "tau": transport.tau}, law)
     if isinstance(truth, GaussianTruth):
-        return lambda k: _affine(*bures_map(*truth.implicit(0), *truth.implicit(k)), x, log_rho)
+        return partial(_gaussian_steps, truth, x, log_rho)
     if isinstance(truth, RadialTruth):
         eye = torch.eye(x.shape[1], dtype=torch.float64)
         return lambda k: _affine(eye * truth.implicit(k) / truth.implicit(0), torch.zeros(1).double(), x, log_rho)
@@ -80,6 +80,14 @@ def _of_profile(transport: OperatorTransport, members: BarenblattMembers, x: Ten
         moved, logs = around(k)
         return moved + centre, logs
 
+    return state
+
+
+def _gaussian_steps(truth: GaussianTruth, x: Tensor, log_rho: Tensor | None, k: int) -> State:
+    """Step by step: where covariances do not commute, the maps of k steps are not the optimal map from start to end."""
+    state = (x, log_rho)
+    for step in range(k):
+        state = _affine(*bures_map(*truth.implicit(step), *truth.implicit(step + 1)), *state)
     return state
 
 

@@ -14,16 +14,15 @@ the run's Gaussian or profile, and from 32 held-out measures of the training fam
 mixtures with twice as many components at the reach and sizes of the first family, from independent points of the
 training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from that of their law
 by the noise of the cloud, and in the plane from products, mixtures with independent coordinates, even and independent
-points of these. Log densities are told where there are any, but for ``untold`` (the products, or the training's
-families): networks that take them see them, and steps are corrected (method.correction). References
+points of these; networks that take log densities are told them, and their steps corrected, but for ``untold`` (the
+same products, or the training's families). References
 (``evaluation/references.py``): on the line all of them, for energies of particles the step of the very cloud, in the
 plane Gaussians, profiles and products. ``fell``: share of all these rollouts in which the energy fell in every step.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
-ablation: the same measures for operators trained without one part of the method at equal updates, not corrected;
-``along``: the mean share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
-speed: seconds of one step for a cloud of 1,024 points, by its points alone, in batches of 16, and told log densities
-(corrected), beside the per-step solver (jko_icnn) trained until it passes the operator's error (of 50, 200, 800 and
-3,200 optimiser steps, the first): ``ratio`` of their times.
+ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
+share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
+speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
+(jko_icnn) trained until it passes the operator's error (of 50, 200 and 800 optimiser steps, the first).
 clouds: what a network learns of exact steps of measures in the plane that come as clouds made in four ways, without and
 with log densities (jko_operator_clouds.py).
 scores: how far off the scores of mixtures are, by kernel estimates of clouds of 1,024 points and by fits of log rho.
@@ -87,7 +86,7 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
         kinds += [("more_components", more_components(config["method"]), {}), ("independent", initial, {"even": False})]
         if (products := independent_coordinates(flow)) is not None:
             kinds += [("products", products, {}), ("independent_products", products, {"even": False})]
-        if operator_of(flow).functional().needs_density:
+        if config["network"].get("log_density"):
             kinds += [("untold", products or initial, {"told": False})]
     for name, families, how in kinds:
         held = judge_held_out(flow, families, 2 * horizon, count=count, n=few, seed=seed + 1, **how)
@@ -113,7 +112,7 @@ def several(seed: int, given: argparse.Namespace) -> dict:
 
 
 def ablation(variant: str, seed: int, given: argparse.Namespace) -> dict:
-    raw = config_of("double_well_1", seed, given.steps, correction=0, **ABLATIONS[variant])
+    raw = config_of("double_well_1", seed, given.steps, **ABLATIONS[variant])
     flow, cpu = trained(raw, given.runs / f"ablation_{variant.replace(' ', '_')}_{seed}")
     method, found = flow.info["config"]["method"], {"cpu_seconds": cpu, "train_steps": raw["train"]["steps"]}
     count, steps = 2 if given.quick else ROLLOUTS, 2 * method["jko_steps"]
@@ -157,31 +156,23 @@ def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
     method, operator, found = flow.info["config"]["method"], operator_of(flow), {"training_cpu": cpu}
     law = gengrad.data.GaussianMixture(**{key: value for key, value in SOURCE.items() if key != "name"})
     x, double = draw(law, 0, 1024, 1, "source"), flow.double()
-    ways = {"": {}, "told_": {"log_density": law}}  # by the points alone, and told their log densities, corrected
-    for name, known in ways.items():
-        found[f"{name}error"] = error_of(law, operator, lambda x, g=known: double.step(x, **g).double())
+    found["error"] = error_of(law, operator, lambda x: double.step(x).double())
     flow = flow.float()
-    for name, cloud, known in (
-        ("", x, {}),
-        ("batch_", x.expand(16, -1, -1).contiguous(), {}),
-        ("told_", x, ways["told_"]),
-    ):
+    for name, cloud in (("seconds", x), ("batch_seconds", x.expand(16, -1, -1).contiguous())):
         times = []
         for _ in range(5 if given.quick else 30):
             started = time.process_time()
-            flow.step(cloud, **known)
+            flow.step(cloud)
             times.append(time.process_time() - started)
-        found[f"{name}seconds"] = statistics.median(times) / (len(cloud) if cloud.dim() == 3 else 1)
-    for steps in (4,) if given.quick else (50, 200, 800, 3200):
+        found[name] = statistics.median(times) / (len(cloud) if cloud.dim() == 3 else 1)
+    for steps in (4,) if given.quick else (50, 200, 800):
         with tempfile.TemporaryDirectory() as folder:
             solver, seconds = per_step(steps, method, folder)
-        found |= {f"solver_{steps}_cpu": seconds, f"solver_{steps}_error": error_of(law, operator, pushed(solver))}
-        for name in ways:
-            if found[f"solver_{steps}_error"] <= found[f"{name}error"] and f"{name}ratio" not in found:
-                found[f"{name}ratio"] = seconds / found[f"{name}seconds"]
-        if all(f"{name}ratio" in found for name in ways):
+        found |= {"solver_steps": steps, "solver_cpu": seconds}
+        found["solver_error"] = error_of(law, operator, pushed(solver))
+        if found["solver_error"] <= found["error"]:
             break
-    return found
+    return found | {"ratio": found["solver_cpu"] / found["seconds"]}
 
 
 def warm(case: str, seed: int, given: argparse.Namespace) -> dict:

@@ -39,7 +39,7 @@ def judge_operator(flow: Flow, folder: Path, *, n: int, seed: int) -> dict:
         kinds.append(("independent coordinates", apart))
     given = {"count": ROLLOUTS, "n": PAIRS // 2 if pairs else PARTICLES, "seed": seed}
     held_out = {name: judge_held_out(flow, families, steps, **given) for name, families in kinds}
-    if transport.functional().needs_density and (transport.correction or transport.network.config.log_density):
+    if transport.network.config.log_density:
         last, families = kinds[-1] if apart is not None else kinds[0]
         held_out[f"{last}, not told log densities"] = judge_held_out(flow, families, steps, told=False, **given)
     lines = [steps_table(rows), "", held_out_table(held_out)]

@@ -84,12 +84,15 @@ def scored_push(network: nn.Module, x: Tensor, context: Context, score: Tensor) 
     return moved.detach(), det, torch.linalg.solve(safe.mT, (score - slope)[..., None])[..., 0]
 
 
-def is_corrected(functional: Functional) -> bool:
-    """Whether steps of this energy can be corrected: not where it compares with samples, of which some dozens of
+def is_corrected(functional: Functional, log_density: bool) -> bool:
+    """Whether steps of this energy by a network that takes log densities, or does not, are to be corrected.
 
-    gradients cost more than they are worth (a Sinkhorn divergence's are solved for, and to some percent).
+    Where the energy needs a density, those of the former alone: the latter do not see what their steps make of the
+    density in detail, which grows along a rollout, and which the residual is full of. Not where it compares with
+    samples, of which some dozens of gradients cost more than they are worth (a Sinkhorn divergence's are solved for).
     """
-    return not any(term.takes == "samples" for _, term in terms_of(functional))
+    samples = any(term.takes == "samples" for _, term in terms_of(functional))
+    return not samples and (log_density or not functional.needs_density)
 
 
 @torch.inference_mode(False)

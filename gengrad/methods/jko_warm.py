@@ -57,7 +57,7 @@ def fitted(
     x = x.float()
     known = None if log_rho is None else log_rho[:SEEN].float()
     y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told(), known=known)[0]
-    correction = operator.moved(x[:SEEN], known, tau)[2]
+    correction = operator.moved(x[:SEEN], known, tau)[2] if operator.correction else None
     if correction is not None:
         y = correction(y.double())[0].to(x)
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)

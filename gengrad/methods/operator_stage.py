@@ -232,7 +232,7 @@ class OperatorStage(Stage):
         fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
         data = settings_of(p.target) if takes(c.functional, "density") else None
-        correction = c.correction if is_corrected(self.functional) else 0
+        correction = c.correction if is_corrected(self.functional, network.config.log_density) else 0
         settings = (c.tau, c.functional, data, family, c.taus, c.weights, correction)
         x = standing_for(p.source, c.anchors, p.seed, "operator/anchors").float().to(p.device)
         log_rho = None

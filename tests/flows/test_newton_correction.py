@@ -140,7 +140,13 @@ def test_an_energy_of_particles_needs_no_density():
     y4 = (x4 - x4.mean(0)) / (1.02 + TAU)
     moved = correction_of(functional, TAU, x4, y4, None, 1)(y4)[0]
     assert (moved - x4.mean(0) - (x4 - x4.mean(0)) / (1 + TAU)).norm() < 0.03 * (moved - x4).norm()
-    assert not is_corrected(functional + EnergyDistance(x)) and is_corrected(functional + Entropy())
+
+
+def test_which_energies_are_corrected():
+    pairs = InteractionEnergy(attraction=2.0)
+    assert is_corrected(pairs, log_density=False) and is_corrected(pairs + Entropy(), log_density=True)
+    assert not is_corrected(pairs + Entropy(), log_density=False)
+    assert not is_corrected(pairs + EnergyDistance(points()), log_density=True)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])

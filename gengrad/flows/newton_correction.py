@@ -17,7 +17,8 @@ from gengrad.networks.set_operator import FOLD, Context, determinant
 # how far E <score, y - m> / d may be from -1, and the entries of E score (y - m)' from those of -I, in standard errors
 # or outright: beyond that the density has an edge, or its score was not found
 LOOSE, ERRORS, EXACT = 0.25, 5.0, 0.02
-FURTHEST = 0.5  # of the way of a step, at most the way of its correction
+# at most the way of a correction, of that of the step and of the cloud's scale: at rest all of a step is wrong
+FURTHEST, LITTLE = 0.5, 0.02
 PAIRED = 256  # particles by which second derivatives are taken where every one meets every other
 ENOUGH = 4  # particles for each term of a polynomial, at least
 NEAR = 1e-4  # of the way of a step, between the gradients whose differences second derivatives are
@@ -87,44 +88,36 @@ def scored_push(network: nn.Module, x: Tensor, context: Context, score: Tensor) 
 def is_corrected(functional: Functional, log_density: bool) -> bool:
     """Whether steps of this energy by a network that takes log densities, or does not, are to be corrected.
 
-    Where the energy needs a density, those of the former alone: the latter do not see what their steps make of the
-    density in detail, which grows along a rollout, and which the residual is full of. Not where it compares with
-    samples, of which some dozens of gradients cost more than they are worth (a Sinkhorn divergence's are solved for).
+    Those of the former alone: the latter do not see what their steps make of the density in detail, which grows along a
+    rollout, and which the residual is full of. Not where the energy compares with samples, of which some dozens of
+    gradients cost more than they are worth (a Sinkhorn divergence's are solved for).
     """
-    samples = any(term.takes == "samples" for _, term in terms_of(functional))
-    return not samples and (log_density or not functional.needs_density)
+    return log_density and not any(term.takes == "samples" for _, term in terms_of(functional))
 
 
 @torch.inference_mode(False)
 def corrected_push(
-    network: nn.Module, functional: Functional, x: Tensor, tau: float, log_rho: Tensor | None,
-    weights: Sequence[float], degree: int,
-) -> tuple[Tensor, Tensor | None, Correction | None]:  # fmt: skip
+    network: nn.Module, functional: Functional, x: Tensor, tau: float, log_rho: Tensor, weights: Sequence[float],
+    degree: int,
+) -> tuple[Tensor, Tensor, Correction | None]:  # fmt: skip
     """(T x, log rho'(T x), what corrected T) of a cloud x (n, d) with log rho (n,) at it, by a ``degree`` of 1 or more;
 
-    NaN where the map folds. An energy of particles needs no log rho, which is carried where it is given.
+    NaN where the map folds.
     """
-    x, log_rho = x.detach().clone(), None if log_rho is None else log_rho.clone()  # of no inference mode
+    x, log_rho = x.detach().clone(), log_rho.clone()  # of no inference mode
     with torch.no_grad():
         context = network.context(x, tau, weights, log_rho)
-    density = logs = None
-    if functional.needs_density:
-        if context.marks is None:
-            score = scores(x, log_rho)
-        else:
-            score = context.marks.at(context.away)[..., : x.shape[1]] / (context.marks.unit * context.scale)
-        y, det, after = scored_push(network, x, context, score.to(x))
-        logs = log_rho - det.log()
-        density = Density(logs, after)
+    if context.marks is None:
+        score = scores(x, log_rho)
     else:
-        with torch.no_grad():
-            y, jacobian = (network(x, context), None) if log_rho is None else network(x, context, jacobian=True)
-        logs = None if log_rho is None else log_rho - determinant(jacobian).log()
-    found = correction_of(functional, tau, x, y, density, degree)
+        score = context.marks.at(context.away)[..., : x.shape[1]] / (context.marks.unit * context.scale)
+    y, det, after = scored_push(network, x, context, score.to(x))
+    logs = log_rho - det.log()
+    found = correction_of(functional, tau, x, y, Density(logs, after), degree)
     if found is None:
         return y, logs, None
     moved, jacobian = found(y.double())
-    return moved.to(y), None if logs is None else logs - determinant(jacobian).log().to(logs), found
+    return moved.to(y), logs - determinant(jacobian).log().to(logs), found
 
 
 def correction_of(
@@ -172,7 +165,7 @@ def correction_of(
     coefficients = -torch.cholesky_solve(slope[:, None], factor).view(-1, d)
     found = Correction(coefficients, centre, scale, z.abs().amax(0))
     moved, jacobian = found(y)
-    near = (moved - y).square().mean().sqrt() <= FURTHEST * way
+    near = (moved - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))
     return found if near and bool((torch.linalg.det(jacobian) > FOLD).all()) else None
 
 

@@ -124,12 +124,11 @@ class OperatorTransport(Transport):
     ) -> tuple[Tensor, Tensor | None, Correction | None]:
         """(T x, log rho'(T x), what corrected T) for a cloud x (n, d) and log rho (n,) at it, where it is known.
 
-        Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step of an energy
-        that needs them.
+        Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step.
         """
-        tau, functional = tau or self.tau, self.functional()
-        if self.correction and (not functional.needs_density or (told and log_rho is not None)):
-            return corrected_push(self.network, functional, x, tau, log_rho, self.told(), self.correction)
+        tau = tau or self.tau
+        if self.correction and told and log_rho is not None:
+            return corrected_push(self.network, self.functional(), x, tau, log_rho, self.told(), self.correction)
         return *push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None), None
 
 
@@ -157,9 +156,9 @@ def push(
 def anchored(
     transport: OperatorTransport, x: Tensor, log_rho: Tensor | None, steps: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The cloud x before each of so many steps (steps, n, d); log rho there, for networks that take it; and what
+    """The cloud x before each of so many steps (steps, n, d); log rho there, where it is given; and what corrected
 
-    corrected each step, where that is done.
+    each step, where that is done.
     """
     states, corrections = [], []
     for _ in range(steps):
@@ -170,8 +169,8 @@ def anchored(
     known = logs[0] is not None
     return (
         torch.stack(points),
-        torch.stack(logs).to(x) if known and transport.network.config.log_density else None,
-        torch.stack(corrections) if transport.correction else None,
+        torch.stack(logs).to(x) if known else None,
+        torch.stack(corrections) if known and transport.correction else None,
     )
 
 
@@ -245,13 +244,11 @@ def step(
     transport = operator_of(flow).reweighted(weights)
     tau, x = _tau(transport, tau), _checked(flow, points)
     network, known = transport.network, _density(flow, points, x, log_density)
-    needs = transport.functional().needs_density
     with torch.no_grad():
-        if not transport.correction or (needs and known is None):
+        if known is None or not transport.correction:
             return _restored(flow, network(x, network.context(x, tau, transport.told(), known))).cpu()
-        clouds = x.reshape(-1, *x.shape[-2:])  # each has its own correction
-        logs = known.reshape(-1, x.shape[-2]) if needs else [None] * len(clouds)
-        moved = torch.stack([transport.moved(cloud, log_rho, tau)[0] for cloud, log_rho in zip(clouds, logs)])
+        clouds = zip(x.reshape(-1, *x.shape[-2:]), known.reshape(-1, x.shape[-2]))  # each has its own correction
+        moved = torch.stack([transport.moved(cloud, log_rho, tau)[0] for cloud, log_rho in clouds])
         return _restored(flow, moved.view_as(x)).cpu()
 
 

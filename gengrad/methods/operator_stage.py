@@ -236,7 +236,7 @@ class OperatorStage(Stage):
         settings = (c.tau, c.functional, data, family, c.taus, c.weights, correction)
         x = standing_for(p.source, c.anchors, p.seed, "operator/anchors").float().to(p.device)
         log_rho = None
-        if self.functional.needs_density and hasattr(p.source, "log_density"):
+        if network.config.log_density and hasattr(p.source, "log_density"):
             log_rho = p.source.log_density(x.cpu()).to(p.device)
         samples = self.samples.to(p.device)
         way = anchored(OperatorTransport(network, x[None], samples, *settings), x, log_rho, c.jko_steps)

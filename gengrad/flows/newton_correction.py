@@ -20,6 +20,7 @@ LOOSE, ERRORS, EXACT = 0.25, 5.0, 0.02
 # at most the way of a correction, of that of the step and of the cloud's scale: at rest all of a step is wrong
 FURTHEST, LITTLE = 0.5, 0.02
 PAIRED = 256  # particles by which second derivatives are taken where every one meets every other
+DOUBT = 2.0  # squared standard errors by which the square of a mean residual is taken to be less
 ENOUGH = 4  # particles for each term of a polynomial, at least
 NEAR = 1e-4  # of the way of a step, between the gradients whose differences second derivatives are
 
@@ -130,9 +131,11 @@ def correction_of(
 
     At the minimum (y - x) / tau + grad dF/drho'(y) is zero at every particle. So its mean against each term of q, the
     derivative of J there, has no noise of the cloud at the minimum, be the points even or independent ones. The second
-    derivatives are those of J on the particles. There is no correction for a density with an edge, of which the
-    integration by parts behind the score is not true (E score (y - m)' is then not -I), where F cannot be taken of the
-    particles, and where q would go far, or fold.
+    derivatives are those of J on the particles, H = L L'. Of the means in the coordinates of L^{-1} a part is left out,
+    as large as their scatter over the particles has it (positive-part James-Stein): what is rough is no reason to go
+    anywhere. There is no correction for a density with an edge, of which the integration by parts behind the score is
+    not true (E score (y - m)' is then not -I), where F cannot be taken of the particles, and where q would go far, or
+    fold.
     """
     x, y = x.double(), y.double()
     if density is not None:
@@ -161,8 +164,10 @@ def correction_of(
     factor, failed = torch.linalg.cholesky_ex(bend)
     if failed:
         return None
-    slope = (values.mT @ residual / n).flatten()
-    coefficients = -torch.cholesky_solve(slope[:, None], factor).view(-1, d)
+    each = torch.linalg.solve_triangular(factor, (values[:, :, None] * residual[:, None]).flatten(1).mT, upper=False)
+    slope, doubt = each.mean(1, keepdim=True), each.var(1, keepdim=True) / n
+    slope = slope * (1 - DOUBT * doubt / slope.square()).clamp_min(0)  # 0 / 0, a residual of zero, is no slope
+    coefficients = -torch.linalg.solve_triangular(factor.mT, slope.nan_to_num(0.0), upper=True).view(-1, d)
     found = Correction(coefficients, centre, scale, z.abs().amax(0))
     moved, jacobian = found(y)
     near = (moved - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))

@@ -50,6 +50,16 @@ def test_of_an_error_less_than_a_tenth_is_left(extra, n):
     assert torch.allclose(jacobian, jacobian[:1].expand_as(jacobian))
 
 
+def test_what_is_rough_is_no_reason_to_go_anywhere():
+    """Scores with noise at an exact step: less than half of what the noise alone would make of it, and nothing more."""
+    x, y, log_rho, score, _ = heat_step(0.7, n=1000)
+    noise = 0.3 * points(1000, seed=5)
+    found = correction_of(Entropy(), TAU, x, y, Density(log_rho, score + noise), 3)
+    # H of a term is about 1 / tau and more: E noise q / H, twenty coefficients of that size
+    alone = TAU * 0.3 * (20 / 1000) ** 0.5
+    assert (found(y)[0] - y).square().sum(-1).mean().sqrt() < 0.5 * alone
+
+
 def test_a_bend_that_the_map_lacks_is_found():
     """F = E V alone, V of the fourth degree: y + tau V'(y) = x; a cubic of y comes nearer than an affine map of it."""
     functional = PotentialEnergy(lambda x: x.square().sum(-1).square() / 8)
@@ -59,7 +69,7 @@ def test_a_bend_that_the_map_lacks_is_found():
     for degree in (1, 3):
         moved, _ = correction_of(functional, TAU, x, y, None, degree)(y)
         errors.append(float((moved - exact).square().mean().sqrt()))
-    assert errors[1] < 0.25 * errors[0] < 0.25 * float((y - exact).square().mean().sqrt())
+    assert errors[1] < 0.4 * errors[0] < 0.4 * float((y - exact).square().mean().sqrt())
 
 
 def test_the_porous_medium_too():
@@ -122,8 +132,9 @@ def test_the_order_of_the_particles_and_their_number_do_not_matter():
         two = correction_of(functional, TAU, x[order], y[order], Density(log_rho[order], score[order]), 2)
         both = (torch.cat([v, v]) for v in (x, y))
         three = correction_of(functional, TAU, *both, Density(log_rho.repeat(2), score.repeat(2, 1)), 2)
-        for other in (two, three):
-            assert torch.allclose(other(y)[0], one(y)[0], atol=1e-8)
+        assert torch.allclose(two(y)[0], one(y)[0], atol=1e-8)
+        # twice as many are doubted less, by a part of the correction, which is 0.02
+        assert torch.allclose(three(y)[0], one(y)[0], atol=1e-3) and (one(y)[0] - y).abs().max() > 0.02
 
 
 def test_an_energy_of_particles_needs_no_density():

@@ -20,11 +20,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
     "fokker_planck_1": (
         "heat",
-        {
-            "network": {**BOUND, "log_density": True},
-            "method": {"functional": [QUADRATIC, ENTROPY]},
-            "train": {"steps": 4000},
-        },
+        {"network": BOUND, "method": {"functional": [QUADRATIC, ENTROPY]}, "train": {"steps": 8000}},
     ),
     "double_well_1": (
         "heat",

@@ -41,7 +41,14 @@ CASES: dict[str, tuple[str, dict]] = {
         {
             "source": {"name": "ball", "dimension": 2},
             "data": PLANE,
-            "method": {"particles": 512},
+            "method": {
+                "particles": 512,
+                "initial": [
+                    {"name": "barenblatts", "reach": 0.5, "m": 3.0},
+                    {"name": "gaussians", "reach": 0.5},
+                    {"name": "boxes", "reach": 0.5},
+                ],
+            },
             "train": {"steps": 8000},
         },
     ),

@@ -9,10 +9,12 @@ from gengrad.data.families import points_of_the_cube
 from gengrad.data.family_members import BarenblattMembers, GaussianMembers, ProductMembers
 from gengrad.data.gaussians import Gaussian
 from gengrad.evaluation.references import reference_of, reference_of_member
+from gengrad.evaluation.truth import truth_of_flow
 from gengrad.flows import OperatorTransport
 from gengrad.flows.implicit_steps import axes_of, of_coordinates, on_the_line
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import SetOperator
+from gengrad.ot import bures_map
 from gengrad.ot.spreading import barenblatt_jko_radius
 
 TAU, TURNED = 0.1, torch.tensor([[0.8, 0.6], [-0.6, 0.8]], dtype=torch.float64)
@@ -130,3 +132,26 @@ def test_the_axes_of_a_functional_are_those_of_its_potentials():
     assert torch.allclose(both @ whole @ both.T, torch.linalg.eigvalsh(whole).diag(), atol=1e-6)
     assert axes_of(transport(BOWL).functional(), 2) is None  # no density: its particles go by themselves
     assert axes_of(transport({"name": "power_entropy"}).functional(), 2) is None
+
+
+def test_steps_of_a_gaussian_follow_one_another_where_nothing_commutes():
+    """Each point y of step k + 1 is at the optimum of its step from x: (y - x) / tau + grad V(y) + score(y) = 0.
+
+    So that the points turn: the optimal map from the start to step k, which leads to the same law, leads elsewhere.
+    """
+    operator = transport([BOWL, {"name": "entropy"}])
+    bowl = torch.tensor(BOWL["potential"]["matrix"], dtype=torch.float64)
+    law = Gaussian(mean=[0.5, -1.0], covariance=[[0.2, 0.1], [0.1, 1.5]])
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor([0.5, -1.0])
+    closed = reference_of(operator, law, x, law.log_density(x))
+    truth = truth_of_flow({"functional": operator.terms, "tau": TAU}, law).implicit
+    for k in range(6):
+        (before, _), (after, log_rho) = closed(k), closed(k + 1)
+        mean, covariance = truth(k + 1)
+        away = after - mean
+        score = -away @ torch.linalg.inv(covariance)
+        assert ((after - before) / TAU + after @ bowl + score).abs().max() < 1e-8
+        own = -(away * (away @ torch.linalg.inv(covariance))).sum(1) / 2 - torch.logdet(2 * math.pi * covariance) / 2
+        assert torch.allclose(log_rho, own)
+    straight = bures_map(*truth(0), *truth(6))
+    assert (x @ straight[0].mT + straight[1] - closed(6)[0]).norm(dim=1).mean() > 1e-3

@@ -55,6 +55,20 @@ def test_an_operator_that_takes_log_densities_is_told_those_of_the_cloud():
     assert off[0] < 0.2 * off[1]
 
 
+def test_the_potential_is_fitted_to_the_corrected_map():
+    """T x = 1.08 x, where the exact step of N(0, 1) is 1.0916 x."""
+    x = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
+    made, log_rho = operator(log_density=True), -x[:, 0].square() / 2
+    with torch.no_grad():
+        made.network.affine.bias[0] = 0.8
+    network, slopes = ICNN(event_shape=(1,), width=16), []
+    network.whiten(x.double())
+    for made.correction in (0, 1):
+        y = fitted(network, made, x, TAU, 300, log_rho)(x).detach()
+        slopes.append(float((x * y).mean() / x.square().mean()))
+    assert slopes == pytest.approx([1.08, (1 + (1 + 4 * TAU) ** 0.5) / 2], abs=2e-3)
+
+
 def test_an_operator_for_several_weights_starts_one_of_them(tmp_path):
     made = operator(terms=[{"name": "entropy", "weight": 0.5}])
     made.weights = {"entropy": [0.25, 1.0]}

@@ -11,7 +11,8 @@ import gengrad
 from gengrad.cli import main
 from gengrad.data import Gaussian
 from gengrad.flows import Flow, OperatorTransport, VelocityTransport
-from gengrad.flows.operator import UNKNOWN, anchored, family_of, features, outside, push
+from gengrad.flows.operator import UNKNOWN, anchored, push
+from gengrad.flows.operator_family import family_of, features, outside
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import MLP, SetOperator
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gengrad.flows.asked import whole
-from gengrad.flows.newton_correction import Correction, corrected_push
+from gengrad.flows.newton_correction import Correction, correction_of
 from gengrad.flows.operator_family import outside
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
 from gengrad.networks.kernels import Marks
+from gengrad.networks.local_fit import are_enough, jacobians, scores
 from gengrad.networks.set_operator import determinant
 from gengrad.registry import DATASETS, NETWORKS, settings_of
 
@@ -128,9 +129,15 @@ class OperatorTransport(Transport):
         Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step.
         """
         tau = tau or self.tau
-        if self.correction and told and log_rho is not None:
-            return corrected_push(self.network, self.functional(), x, tau, log_rho, self.told(), self.correction)
-        return *push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None), None
+        moved, logs = push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None)
+        if not (self.correction and told and log_rho is not None):
+            return moved, logs, None
+        density = Density(logs, scores(moved, logs))
+        found = correction_of(self.functional(), tau, x, moved, density, self.correction)
+        if found is None:
+            return moved, logs, None
+        corrected, jacobian = found(moved.double())
+        return corrected.to(moved), logs - determinant(jacobian).log().to(logs), found
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
@@ -146,12 +153,22 @@ def push(
     log rho'(T x) = log rho(x) - log det DT(x); NaN where T folds, det DT <= 0. Without ``log_rho`` no determinant.
     ``known``: log rho at the particles, or its marks, for networks that take it; where no particles are given, who are
     x itself then, ``log_rho``.
+
+    Of the particles themselves, where they are enough, DT is that of the smooth map that brings x to T x
+    (``jacobians``): each of them is at the middle of its own kernels, where T is bent by these as it is nowhere else,
+    and the outermost, farther from each other than kernels are wide, would carry densities of their places alone.
     """
+    own = particles is None or particles is x
     context = network.context(*(x, tau, weights, log_rho) if particles is None else (particles, tau, weights, known))
     if log_rho is None:
         return network(x, context), None
-    moved, jacobian = network(x, context, jacobian=True)
-    return moved, log_rho - determinant(jacobian).log()
+    if own and are_enough(x):
+        moved = network(x, context)
+        clouds = zip(x.reshape(-1, *x.shape[-2:]), moved.reshape(-1, *x.shape[-2:]))
+        jacobian = torch.stack([jacobians(*cloud) for cloud in clouds]).view(*x.shape, x.shape[-1])
+    else:
+        moved, jacobian = network(x, context, jacobian=True)
+    return moved, log_rho - determinant(jacobian).log().to(log_rho)
 
 
 def anchored(

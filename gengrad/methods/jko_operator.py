@@ -51,7 +51,7 @@ class JKOOperator(Method):
         tails: float = Field(1.5, ge=1)
         # steps of networks that are told log densities are corrected by a Newton step of their objective, over
         # polynomials of this degree; 0 for none. It is no part of the training
-        correction: int = Field(3, ge=0, le=5)
+        correction: int = Field(5, ge=0, le=6)
         anchors: int = Field(1024, ge=4)  # particles of the source that the flow's samples follow
         buffer: int = Field(128, ge=1)  # states that the operator has moved; 0 ages where rollout is false
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch

@@ -9,7 +9,28 @@ from gengrad.functionals.base import Density
 from gengrad.functionals.expression import gradient_of, has_pairs
 from gengrad.methods.jko_affine import JKOProblem
 from gengrad.networks.kernels import Marks
-from gengrad.networks.set_operator import determinant, log_without_folds
+from gengrad.networks.set_operator import FOLD, Context, determinant, log_without_folds
+
+
+def scored_push(network: nn.Module, x: Tensor, context: Context, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(T x, det DT, grad log rho'(T x)) for x and score (..., n, d), detached; the context that of the measures.
+
+    log rho'(T x) = log rho(x) - log det DT(x), so that grad log rho'(T x) = DT^{-T} (score - grad log det DT).
+    """
+    if not bool(score.isfinite().any()):  # no measure is smooth
+        with torch.no_grad():
+            moved, jacobian = network(x, context, jacobian=True)
+        return moved, determinant(jacobian), score
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        moved, jacobian = network(leaf, context, jacobian=True)
+        det = determinant(jacobian)
+        (slope,) = torch.autograd.grad(det.clamp_min(FOLD).log().sum(), leaf)
+    jacobian, det = jacobian.detach(), det.detach()
+    # a singular matrix is that of a fold, whose density is not used: anything that can be solved will do
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    safe = torch.where((det.abs() < 1e-6)[..., None, None], eye, jacobian)
+    return moved.detach(), det, torch.linalg.solve(safe.mT, (score - slope)[..., None])[..., 0]
 
 
 def step_loss(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gengrad.data.draws import generator_for
 from gengrad.data.families import clouds
 from gengrad.flows.density_cloud import standing_for
-from gengrad.flows.newton_correction import is_corrected, scored_push
+from gengrad.flows.newton_correction import is_corrected
 from gengrad.flows.operator import OperatorTransport, anchored, energies_of, push
 from gengrad.flows.operator_family import family_of
 from gengrad.flows.transports import Transport
@@ -19,7 +19,7 @@ from gengrad.functionals.base import Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, takes
 from gengrad.methods.base import Part, Problem, Stage
 from gengrad.methods.jko_affine import JKOProblem
-from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, step_loss, taken
+from gengrad.methods.operator_loss import evened, loss_by_log_det, loss_by_score, scored_push, step_loss, taken
 from gengrad.methods.state_buffer import StateBuffer
 from gengrad.networks.kernels import Marks
 from gengrad.networks.set_operator import FOLD
@@ -233,12 +233,14 @@ class OperatorStage(Stage):
         fresh = self._clouds(SEEN, generator_for(p.seed, "operator/family"))[0]
         family = family_of(torch.cat([fresh, self.states.x])[:, : self.seen])
         data = settings_of(p.target) if takes(c.functional, "density") else None
-        correction = c.correction if is_corrected(self.functional, network.config.log_density) else 0
+        correction = c.correction if is_corrected(self.functional) else 0
         settings = (c.tau, c.functional, data, family, c.taus, c.weights, correction)
         x = standing_for(p.source, c.anchors, p.seed, "operator/anchors").float().to(p.device)
         log_rho = None
-        if network.config.log_density and hasattr(p.source, "log_density"):
-            log_rho = p.source.log_density(x.cpu()).to(p.device)
+        if self.functional.needs_density and hasattr(p.source, "log_density"):
+            log_rho = p.source.log_density(x.cpu().double()).to(p.device)
         samples = self.samples.to(p.device)
-        way = anchored(OperatorTransport(network, x[None], samples, *settings), x, log_rho, c.jko_steps)
-        return OperatorTransport(network, way[0], samples, *settings, *way[1:])
+        transport = OperatorTransport(network, x[None], samples, *settings)
+        states, known, corrected = anchored(transport, x, log_rho, c.jko_steps)
+        known = known if network.config.log_density else None
+        return OperatorTransport(network, states, samples, *settings, known, corrected)

@@ -1,4 +1,4 @@
-"""The score and the Hessian of a log density that is known at the points of a cloud, by local cubic regression."""
+"""What is known at the points of a cloud alone, a log density or where a map brings them, and its derivatives there."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from gengrad.networks.kernels import Marks, whole
 
-# what a squared coefficient of degree 1, 2 and 3 weighs beside the mean squared error, in units of the distance to the
-# farthest neighbour. The first two count where neighbours are too few or in line, and Gaussians are exact; the last one
-# where all neighbours lie on one side, as those of the outermost points do
-PRICES = 1e-10, 1e-10, 1e-4
+# what a squared coefficient of degree 1, 2, 3 and 4 weighs beside the mean squared error, in units of the distance to
+# the farthest neighbour. The first two count where neighbours are too few or in line, and Gaussians are exact; the
+# others where all neighbours lie on one side, as those of the outermost points do
+PRICES = 1e-10, 1e-10, 1e-4, 1e-4
+CUBIC, QUARTIC = 3, 4  # degrees of what is fitted to log densities and to maps
 # slopes, bends and so on of log rho over the unit of the particles, expected where rounding leaves nothing to see
 STEEP = 10.0
 DENSE = 1024  # points on the line from which on neighbours are not the nearest: there rounding is all that is seen
@@ -51,7 +52,7 @@ def fitted(particles: Tensor, log_density: Tensor, unit: Tensor) -> Marks:
     return Marks(columns.view(*sets, *columns.shape[1:]), unit.expand(*sets, 1, 1))
 
 
-def coefficients(d: int, degree: int = len(PRICES)) -> list[tuple[int, ...]]:
+def coefficients(d: int, degree: int = CUBIC) -> list[tuple[int, ...]]:
     """The coordinates whose products are the terms of a polynomial, but for its constant: (0,), (1,), (0, 0), (0, 1),
 
     and so on; of a cubic, where no ``degree`` is given.
@@ -72,40 +73,78 @@ def scores(particles: Tensor, log_density: Tensor) -> Tensor:
     return fitted(away, log_density, torch.ones_like(scale)).at(away)[..., : particles.shape[-1]] / scale
 
 
+@torch.no_grad()
+def jacobians(x: Tensor, y: Tensor) -> Tensor:
+    """DT (n, d, d) at x (n, d), in float64, of the smooth map T that brings x to y (n, d).
+
+    I + Dp(x_i) for the quartics p with p(x_i) = y_i - x_i that come nearest to y_j - x_j of four times as many nearest
+    neighbours as they have coefficients, fitted as log densities are (``fitted``). So T is seen at the scale of the
+    points' distances, not below it.
+    """
+    scale = moments(x.double())[1]
+    terms, eps = coefficients(x.shape[-1], QUARTIC), torch.finfo(y.dtype).eps
+    points, which, (values, far) = _distinct(x.double() / scale, (y.double() - x) / scale, y.double().abs() / scale)
+    slopes = _fitted(points, values, eps * (1 + far.amax(-1)), terms, 4 * (len(terms) + 1))[:, : x.shape[-1]]
+    return torch.eye(x.shape[-1]).to(slopes) + slopes.mT[which]
+
+
+def are_enough(x: Tensor) -> bool:
+    """Whether so many points (..., n, d) say of a map what ``jacobians`` asks: twice as many as a quartic's terms."""
+    return x.shape[-2] >= 2 * math.comb(x.shape[-1] + QUARTIC, QUARTIC)
+
+
 def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:
     """``Marks.columns`` (N, d + d (d + 1) / 2) of one cloud, rounded by ``eps``, and by ``own`` its log densities."""
     d, known = x.shape[-1], log_rho.isfinite() & x.isfinite().all(-1)
-    points, which, copies = torch.unique(x[known], dim=0, return_inverse=True, return_counts=True)
+    points, which, (values,) = _distinct(x[known], log_rho[known, None])
     if len(points) < 2:
         return x.new_zeros(len(x), d * (d + 3) // 2)
-    values = x.new_zeros(len(points)).index_add(0, which, log_rho[known]) / copies
     mean = values.mean()
     rounded = eps * (1 + (values - mean).abs()) + own * values.abs()
     terms = coefficients(d)
-    count = min(2 * (len(terms) + 1), len(points))
-    stride = max(1, len(points) // DENSE) if d == 1 else 1
-    tile, tree = max(1, TILE // (count * max(stride, len(terms)))), cKDTree(points.cpu().numpy())
-    found = []
-    for block, noise in zip(points.split(tile), rounded.split(tile)):
-        near = tree.query(block.cpu().numpy(), (count - 1) * stride + 1)[1][:, ::stride]
-        found.append(_fit(block, noise, points, values - mean, torch.from_numpy(near).to(points.device), terms))
-    found = torch.cat(found)
+    found = _fitted(points, values - mean, rounded[:, 0], terms, 2 * (len(terms) + 1))[..., 0]
+    rows, columns = torch.triu_indices(d, d, device=x.device)
+    bends = found[:, d : d + len(rows)] * (1 + (rows == columns).to(found))  # z_a^2 has H_aa / 2
+    start = found[:, :d] - (whole(bends, d) @ points[..., None])[..., 0]
+    found = torch.cat([start, bends], -1).nan_to_num(0.0, 0.0, 0.0)
     columns = found.new_empty(len(x), found.shape[-1])
     columns[known] = found[which]
     if not known.all():
-        near = torch.from_numpy(tree.query(x[~known].nan_to_num(0.0, 0.0, 0.0).cpu().numpy())[1])
+        lost = x[~known].nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
+        near = torch.from_numpy(cKDTree(points.cpu().numpy()).query(lost)[1])
         columns[~known] = found[near.clamp_max(len(found) - 1).to(found.device)]  # what is too far has no nearest one
     return columns
+
+
+def _distinct(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The points of x (n, d) that differ, the number of each x among them, and there the means of values (n, c)."""
+    points, which, copies = torch.unique(x, dim=0, return_inverse=True, return_counts=True)
+    sums = (v.new_zeros(len(points), v.shape[-1]).index_add(0, which, v) for v in values)
+    return points, which, [total / copies[:, None] for total in sums]
+
+
+def _fitted(points: Tensor, values: Tensor, rounded: Tensor, terms: list[tuple[int, ...]], count: int) -> Tensor:
+    """Coefficients (n, terms, c) around each of the points (n, d) of values (n, c) there, ``rounded`` (n,) by so much:
+
+    those of the ``count`` points that are nearest, itself among them.
+    """
+    count = min(count, len(points))
+    stride = max(1, len(points) // DENSE) if points.shape[-1] == 1 else 1
+    tile, tree = max(1, TILE // (count * max(stride, len(terms)))), cKDTree(points.cpu().numpy())
+    found = []
+    for block, noise in zip(points.split(tile), rounded.split(tile)):
+        near = tree.query(block.cpu().numpy(), (count - 1) * stride + 1)[1].reshape(len(block), -1)[:, ::stride]
+        found.append(_fit(block, noise, points, values, torch.from_numpy(near).to(points.device), terms))
+    return torch.cat(found)
 
 
 def _fit(
     x: Tensor, rounded: Tensor, points: Tensor, values: Tensor, near: Tensor, terms: list[tuple[int, ...]]
 ) -> Tensor:
-    """The columns of some of the ``points``, (n, d + d (d + 1) / 2), by those of numbers ``near`` (n, count) around
+    """The coefficients around some of the ``points``, by those of numbers ``near`` (n, count) around each, itself the
 
-    each, itself the first and the farthest the last.
+    first and the farthest the last.
     """
-    d = x.shape[-1]
     z = points[near] - x[:, None]
     reach = z[:, -1].norm(dim=-1, keepdim=True)
     z = z / reach[..., None]
@@ -119,8 +158,5 @@ def _fit(
         torch.tensor(PRICES, dtype=x.dtype, device=x.device)[degrees - 1]
         + (rounded[:, None] / (STEEP * reach) ** degrees).square()
     )
-    found = torch.linalg.solve_ex(weighed @ basis + torch.diag_embed(price), weighed @ rise[..., None])[0][..., 0]
-    rows, columns = torch.triu_indices(d, d, device=x.device)
-    bends = found[:, d : d + len(rows)] * (1 + (rows == columns).to(found)) / reach**2  # z_a^2 has H_aa / 2
-    start = found[:, :d] / reach - (whole(bends, d) @ x[..., None])[..., 0]
-    return torch.cat([start, bends], -1).nan_to_num(0.0, 0.0, 0.0)
+    found = torch.linalg.solve_ex(weighed @ basis + torch.diag_embed(price), weighed @ rise)[0]
+    return found / reach[..., None] ** degrees[:, None]

@@ -1,13 +1,15 @@
-"""One Newton step of the step's own objective: against closed forms, and where it is not to be trusted."""
+"""One Newton step of the step's own condition: against closed forms, and where it is not to be trusted."""
 
 import math
 
 import pytest
 import torch
 
-from gengrad.flows.newton_correction import Correction, corrected_push, correction_of, is_corrected
+from gengrad.flows.newton_correction import Correction, correction_of, is_corrected
+from gengrad.flows.operator import OperatorTransport
 from gengrad.functionals import EnergyDistance, Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.functionals.base import Density
+from gengrad.functionals.expression import read_expression
 from gengrad.networks import SetOperator
 
 TAU = 0.1
@@ -40,17 +42,14 @@ def test_the_exact_step_is_left_as_it_is_whatever_the_points(d, degree):
 
 
 @pytest.mark.parametrize("extra", [0.02, -0.02])
-@pytest.mark.parametrize("n", [60, 6000])
-def test_of_an_error_little_is_left(extra, n):
-    """Newton's method squares it, 2 % to 0.04 %; but the second derivative, of 6,000 or of 60 independent particles, is
-
-    known to some percent or to ten alone.
-    """
+@pytest.mark.parametrize("degree, n", [(1, 60), (1, 6000), (3, 60)])
+def test_newtons_method_squares_an_error_whatever_the_points(extra, degree, n):
+    """2 % to 0.04 %, a fiftieth of it, for the condition holds at every particle; what is doubtful takes no more."""
     x, y, log_rho, score, exact = heat_step(0.7, extra, n)
-    moved, jacobian = correction_of(Entropy(), TAU, x, y, Density(log_rho, score), 1)(y)
+    moved, jacobian = correction_of(Entropy(), TAU, x, y, Density(log_rho, score), degree)(y)
     off = (moved - exact).square().mean().sqrt() / (y - exact).square().mean().sqrt()
-    assert off < 0.15 if n == 60 else off < 0.1
-    assert torch.allclose(jacobian, jacobian[:1].expand_as(jacobian))
+    assert off < 0.05
+    assert torch.allclose(jacobian, jacobian[:1].expand_as(jacobian), atol=1e-3)
 
 
 def test_what_is_rough_is_no_reason_to_go_anywhere():
@@ -64,10 +63,7 @@ def test_what_is_rough_is_no_reason_to_go_anywhere():
 
 
 def test_a_bend_that_the_map_lacks_is_found():
-    """F = E V alone, V of the fourth degree: y + tau V'(y) = x; a cubic of y comes nearer than an affine map of it.
-
-    Not all the way: the error is a tenth of the step, and the part of it that its scatter explains is left.
-    """
+    """F = E V alone, V of the fourth degree: y + tau V'(y) = x; a cubic of y comes nearer than an affine map of it."""
     functional = PotentialEnergy(lambda x: x.square().sum(-1).square() / 8)
     exact = points(400, 1)
     x, y = exact + TAU * exact**3 / 2, exact + 0.02 * exact**2 - 0.01 * exact**3
@@ -75,7 +71,7 @@ def test_a_bend_that_the_map_lacks_is_found():
     for degree in (1, 3):
         moved, _ = correction_of(functional, TAU, x, y, None, degree)(y)
         errors.append(float((moved - exact).square().mean().sqrt()))
-    assert errors[1] < 0.4 * errors[0] < 0.4 * float((y - exact).square().mean().sqrt())
+    assert errors[1] < 0.3 * errors[0] < 0.3 * float((y - exact).square().mean().sqrt())
 
 
 def test_the_porous_medium_too():
@@ -160,9 +156,9 @@ def test_an_energy_of_particles_needs_no_density():
 
 
 def test_which_energies_are_corrected():
-    assert is_corrected(InteractionEnergy() + Entropy(), log_density=True)
-    assert not is_corrected(Entropy(), log_density=False)
-    assert not is_corrected(Entropy() + EnergyDistance(points()), log_density=True)
+    assert is_corrected(InteractionEnergy() + Entropy())
+    assert not is_corrected(InteractionEnergy())
+    assert not is_corrected(Entropy() + EnergyDistance(points()))
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])
@@ -195,7 +191,8 @@ def test_log_rho_is_carried_through_the_correction():
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     x = (2**0.5 * torch.erfinv(2 * u - 1))[:, None]
     log_rho = -x[:, 0].square() / 2 - math.log(2 * math.pi) / 2
-    y, logs, found = corrected_push(network, Entropy(), x, TAU, log_rho, (), 3)
+    operator = OperatorTransport(network, x[None], x[:0], TAU, read_expression("entropy"), correction=3)
+    y, logs, found = operator.moved(x, log_rho)
     assert found is not None and found.coefficients.abs().max() > 1e-3
     mass = (logs.exp()[1:] + logs.exp()[:-1]) / 2 * y[:, 0].diff()
     before = (log_rho.exp()[1:] + log_rho.exp()[:-1]) / 2 * x[:, 0].diff()

@@ -9,7 +9,7 @@ from gengrad.data.family_members import GaussianMembers
 from gengrad.kernel_moments import KernelMoments
 from gengrad.networks import local_fit
 from gengrad.networks.kernels import RARE, Marks, smoothed, whole
-from gengrad.networks.local_fit import fitted
+from gengrad.networks.local_fit import are_enough, fitted, jacobians
 from gengrad.networks.set_operator import SetOperator, determinant
 
 SMALL = {"width": 16, "tokens": 4, "heads": 2, "log_density": True}
@@ -151,6 +151,62 @@ def test_clouds_of_single_precision_are_fitted_as_well():
     one = fitted(x.float(), log_rho.float(), width(0.3).float())
     assert one.columns.dtype == torch.float32
     assert torch.allclose(one.at(x.float()).double(), fitted(x, log_rho, width(0.3)).at(x), atol=2e-3)
+
+
+# ---------------------------------------------------------------- maps
+
+
+def bent(x):
+    """A smooth map, and its derivative by autograd."""
+
+    def move(z):
+        return z + 0.3 * torch.sin(z + 0.5 * z.sum(-1, keepdim=True))  # fmt: skip
+
+    return move(x), torch.func.vmap(torch.func.jacrev(move))(x)
+
+
+@pytest.mark.parametrize("d, n, error, median", [(1, 30, 0.2, 0.01), (1, 400, 0.02, 2e-5), (2, 1000, 0.03, 2e-3),
+                                                 (3, 1000, 0.15, 0.04)])  # fmt: skip
+def test_the_derivative_of_a_map_is_known_by_where_it_brings_points(d, n, error, median):
+    """Of independent points; most of the error is that of the outermost."""
+    x = cloud(n, d)
+    y, exact = bent(x)
+    off, size = ((v.flatten(1).norm(dim=1)) for v in (jacobians(x, y) - exact, exact - torch.eye(d)))
+    assert off.square().mean().sqrt() < error * size.square().mean().sqrt() and off.median() < median * size.median()
+
+
+def test_more_points_know_more_of_a_map_and_single_precision_does_as_well():
+    errors = []
+    for n in (100, 1000):
+        x = cloud(n, 2)
+        y, exact = bent(x)
+        errors.append(float((jacobians(x, y) - exact).norm() / (exact - torch.eye(2)).norm()))
+        single = jacobians(x.float(), y.float())
+        assert single.dtype == torch.float64 and (single - jacobians(x, y)).norm() < 1e-3 * single.norm()
+    assert errors[1] < errors[0] / 5
+
+
+def test_affine_maps_are_known_exactly_whatever_their_size_and_copies_count_once():
+    x, a = cloud(50, 2), torch.tensor([[1.2, 0.3], [-0.1, 0.8]]).double()
+    for size in (1e-4, 1.0, 1e4):
+        assert torch.allclose(jacobians(size * x, size * x @ a.mT + 5), a.expand(50, 2, 2), atol=1e-6)
+    x = 3 * x.sin()
+    y, _ = bent(x)
+    assert torch.equal(jacobians(torch.cat([x, x]), torch.cat([y, y])), jacobians(x, y).repeat(2, 1, 1))
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(jacobians(x[order], y[order]), jacobians(x, y)[order], atol=1e-8)
+
+
+def test_few_points_are_not_enough_and_fail_nobody():
+    assert [[are_enough(cloud(n, d)) for n in (9, 10, 29, 30, 69, 70)] for d in (1, 2, 3)] == [
+        [False, True, True, True, True, True], [False, False, False, True, True, True], [False] * 5 + [True],
+    ]  # fmt: skip
+    for few in (
+        cloud(2, 2),
+        cloud(5, 1),
+        torch.cat([cloud(40, 1), torch.zeros(40, 1).double()], 1),
+    ):  # the last in line
+        assert jacobians(few, 1.1 * few).isfinite().all()
 
 
 # ---------------------------------------------------------------- what a point sees of it

@@ -1,6 +1,6 @@
 """The learned JKO operator against closed forms of the implicit step, a solver on the line, and the per-step solver.
 
-    python benchmarks/jko_operator.py [--quick] [--parts accuracy,weights,ablation,clouds,scores,speed,warm]
+    python benchmarks/jko_operator.py [--quick] [--parts accuracy,correction,weights,ablation,clouds,scores,speed,warm]
                                   [--only TEXT] [--seeds 1] [--steps N] [--runs FOLDER] [--out FILE.json]
 
 One cell is one (part, case, seed); the JSON is written after each, and cells that it holds are not computed again.
@@ -14,15 +14,18 @@ the run's Gaussian or profile, and from 32 held-out measures of the training fam
 mixtures with twice as many components at the reach and sizes of the first family, from independent points of the
 training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from that of their law
 by the noise of the cloud, and in the plane from products, mixtures with independent coordinates, even and independent
-points of these; networks that take log densities are told them, and their steps corrected, but for ``untold`` (the
-same products, or the training's families). References
+points of these; steps of energies with a density are corrected by log densities, and networks that take these are told
+them, but for ``untold`` (the same products, or the training's families, by the points alone). References
 (``evaluation/references.py``): on the line all of them, for energies of particles the step of the very cloud, in the
 plane Gaussians, profiles and products. ``fell``: share of all these rollouts in which the energy fell in every step.
+correction: shares and gaps of 8 held-out rollouts of each kind with corrections of several degrees, 0 for none.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
-ablation: the same measures for operators trained without one part of the method at equal updates; ``along``: the mean
-share and the mean gap over 32 held-out measures, step by step up to twice the horizon.
-speed: seconds of one step for a cloud of 1,024 points, alone and in batches of 16, beside the per-step solver
-(jko_icnn) trained until it passes the operator's error (of 50, 200 and 800 optimiser steps, the first).
+ablation: the same measures for operators trained without one part of the method at equal updates, their steps as the
+networks make them, without correction; ``along``: the mean share and the mean gap over 32 held-out measures, step by
+step up to twice the horizon.
+speed: seconds of one step for a cloud of 1,024 points, alone, in batches of 16, and corrected by their log densities,
+beside the per-step solver (jko_icnn) trained until it passes the operator's error by the points alone (of 50, 200 and
+800 optimiser steps, the first).
 clouds: what a network learns of exact steps of measures in the plane that come as clouds made in four ways, without and
 with log densities (jko_operator_clouds.py).
 scores: how far off the scores of mixtures are, by kernel estimates of clouds of 1,024 points and by fits of log rho.
@@ -98,6 +101,21 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
     return found
 
 
+def correction(case: str, degree: int, seed: int, given: argparse.Namespace) -> dict:
+    flow, _ = trained(config_of(case, seed, given.steps), given.runs / f"{case}_{seed}")
+    method, found = flow.info["config"]["method"], {}
+    operator_of(flow).correction = degree
+    products = independent_coordinates(flow)
+    kinds = [("held_out", method["initial"], True), ("independent", products or method["initial"], False)]
+    kinds += [("products", products, True)] if products else []
+    count, steps = 2 if given.quick else 8, 2 * method["jko_steps"]
+    for name, families, even in kinds:
+        held = judge_held_out(flow, families, steps, count=count, n=1024, seed=seed + 1, even=even)
+        found |= {f"{name}_{key}": held[key] for key in ("gap", "share") if key in held}
+        found |= {f"{name}_first_{key}": held[f"{key}_along"][0] for key in ("gap", "share") if key in held}
+    return found
+
+
 def several(seed: int, given: argparse.Namespace) -> dict:
     flow, cpu = trained(config_of(SEVERAL, seed, given.steps), given.runs / f"{SEVERAL}_{seed}")
     config, transport = flow.info["config"], operator_of(flow)
@@ -112,7 +130,7 @@ def several(seed: int, given: argparse.Namespace) -> dict:
 
 
 def ablation(variant: str, seed: int, given: argparse.Namespace) -> dict:
-    raw = config_of("double_well_1", seed, given.steps, **ABLATIONS[variant])
+    raw = config_of("double_well_1", seed, given.steps, correction=0, **ABLATIONS[variant])
     flow, cpu = trained(raw, given.runs / f"ablation_{variant.replace(' ', '_')}_{seed}")
     method, found = flow.info["config"]["method"], {"cpu_seconds": cpu, "train_steps": raw["train"]["steps"]}
     count, steps = 2 if given.quick else ROLLOUTS, 2 * method["jko_steps"]
@@ -157,12 +175,14 @@ def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
     law = gengrad.data.GaussianMixture(**{key: value for key, value in SOURCE.items() if key != "name"})
     x, double = draw(law, 0, 1024, 1, "source"), flow.double()
     found["error"] = error_of(law, operator, lambda x: double.step(x).double())
+    found["told_error"] = error_of(law, operator, lambda x: double.step(x, log_density=law).double())
     flow = flow.float()
-    for name, cloud in (("seconds", x), ("batch_seconds", x.expand(16, -1, -1).contiguous())):
+    ways = (("seconds", x, None), ("batch_seconds", x.expand(16, -1, -1).contiguous(), None), ("told_seconds", x, law))
+    for name, cloud, log_density in ways:
         times = []
         for _ in range(5 if given.quick else 30):
             started = time.process_time()
-            flow.step(cloud)
+            flow.step(cloud, log_density=log_density)
             times.append(time.process_time() - started)
         found[name] = statistics.median(times) / (len(cloud) if cloud.dim() == 3 else 1)
     for steps in (4,) if given.quick else (50, 200, 800):
@@ -172,7 +192,10 @@ def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
         found["solver_error"] = error_of(law, operator, pushed(solver))
         if found["solver_error"] <= found["error"]:
             break
-    return found | {"ratio": found["solver_cpu"] / found["seconds"]}
+    return found | {
+        "ratio": found["solver_cpu"] / found["seconds"],
+        "told_ratio": found["solver_cpu"] / found["told_seconds"],
+    }
 
 
 def warm(case: str, seed: int, given: argparse.Namespace) -> dict:
@@ -198,6 +221,12 @@ def cells(given: argparse.Namespace) -> dict[str, Callable[[], dict]]:
         if "accuracy" in given.parts:
             for case in list(CASES)[:1] if given.quick else CASES:
                 found[f"accuracy/{case}/{seed}"] = lambda c=case, s=seed: accuracy(c, s, given)
+        if "correction" in given.parts:
+            for case in ("heat_1",) if given.quick else ("heat_1", "fokker_planck_2"):
+                for degree in (0, 1, 3, 5):
+                    found[f"correction/{case}, degree {degree}/{seed}"] = lambda c=case, k=degree, s=seed: correction(
+                        c, k, s, given
+                    )
         if "weights" in given.parts:
             found[f"weights/{SEVERAL}/{seed}"] = lambda s=seed: several(s, given)
         if "ablation" in given.parts:
@@ -232,7 +261,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="accuracy,weights,ablation,clouds,scores,speed,warm")
+    parser.add_argument("--parts", default="accuracy,correction,weights,ablation,clouds,scores,speed,warm")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps, instead of the configs' own")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gengrad.flows.least_squares import monomials, shrunk
 from gengrad.functionals.base import Density, Functional, terms_of
 from gengrad.functionals.expression import gradient_of, has_pairs
-from gengrad.networks.local_fit import coefficients
 from gengrad.networks.set_operator import FOLD
 
 # how far E <score, y - m> / d may be from -1, and the entries of E score (y - m)' from those of -I, in standard errors
@@ -20,9 +19,6 @@ LOOSE, ERRORS, EXACT = 0.25, 5.0, 0.02
 # at most the way of a correction, of that of the step and of the cloud's scale: at rest all of a step is wrong
 FURTHEST, LITTLE = 0.5, 0.02
 MOST, PAIRED = 4096, 256  # particles whose condition is solved; where every one meets every other
-# squared standard errors by which the square of a coordinate is taken to be less; the errors of neighbours are alike,
-# so that there are fewer of them than residuals
-DOUBT = 8.0
 ENOUGH = 4  # particles for each term of a polynomial, at least
 NEAR = 1e-6  # of the way of a step, between the residuals whose differences are derivatives
 
@@ -42,7 +38,7 @@ class Correction:
     def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """y + q and I + Dq, (n, d) and (n, d, d)."""
         z = (y - self.centre) / self.scale
-        values, slopes, _ = _monomials(z.clamp(-self.reach, self.reach), self.degree)
+        values, slopes, _ = monomials(z.clamp(-self.reach, self.reach), self.degree)
         slopes = slopes * (z.abs() <= self.reach)[:, None] / self.scale
         return y + values @ self.coefficients, torch.eye(y.shape[-1]).to(y) + self.coefficients.mT @ slopes
 
@@ -83,7 +79,7 @@ def correction_of(
         r = (y + q - x) / tau + grad dF/drho'(y + q) = 0,   rho' the density of y + q(y),
 
     q a polynomial of at most this degree, ``ENOUGH`` particles to a term: the least squares of E |r + Dr q|^2, without
-    what is doubtful (``_shrunk``). x, y = T x (n, d): the particles before and after; ``density``: log rho' and the
+    what is doubtful (``shrunk``). x, y = T x (n, d): the particles before and after; ``density``: log rho' and the
     score at y, where F needs it, NaN where the map folds. None where q is not to be trusted.
 
     The condition is that of the minimum of J(T) = E |T x - x|^2 / (2 tau) + F(T_# rho). J over the particles has its
@@ -118,26 +114,14 @@ def correction_of(
     sizes = turns.norm(dim=0).clamp_min(1e-30)
     if not bool(turns.isfinite().all() & residual.isfinite().all()):
         return None
-    found = -_shrunk(turns / sizes, residual[rows].flatten()) / sizes
+    found = -shrunk(turns / sizes, residual[rows].flatten()) / sizes
     found = Correction(found.view(-1, d), centre, scale, z.abs().amax(0))
-    affine = _monomials(z[rows], 1)[0][:, :, None, None] * torch.eye(d).to(y)  # (n, 1 + d, d, d)
+    affine = monomials(z[rows], 1)[0][:, :, None, None] * torch.eye(d).to(y)  # (n, 1 + d, d, d)
     bend = affine.permute(0, 3, 1, 2).reshape(len(turns), -1).mT @ turns[:, : (1 + d) * d]
     moved, jacobian = found(y)
     near = (moved - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))
     convex = torch.linalg.cholesky_ex(bend + bend.mT)[1] == 0
     return found if near and bool(convex & (torch.linalg.det(jacobian) > FOLD).all()) else None
-
-
-def _shrunk(a: Tensor, b: Tensor) -> Tensor:
-    """c of least |a c - b|^2 for a (n, m), b (n,), without what the scatter of the rest explains: along the columns of
-
-    Q, a = Q R, so that low degrees come first, each coordinate by the positive-part rule of James and Stein.
-    """
-    q, r = torch.linalg.qr(a)
-    along = q.mT @ b
-    noise = (b.square().sum() - along.square().sum()).clamp_min(0) / max(1, len(b) - len(along))
-    along = along * (1 - DOUBT * noise / along.square().clamp_min(1e-300)).clamp_min(0)
-    return torch.linalg.solve_triangular(r, along[:, None], upper=True)[:, 0]
 
 
 def _has_no_edge(y: Tensor, score: Tensor) -> bool:
@@ -162,7 +146,7 @@ def _derivative(
     if len(y) > most:
         rows = y.sum(1).argsort()[torch.arange(most, device=y.device) * len(y) // most]
         y, z, density = y[rows], z[rows], density and Density(density.log[rows], density.score[rows])
-    values, slopes, bends = _monomials(z, degree)
+    values, slopes, bends = monomials(z, degree)
     slopes, bends, (k, d) = slopes / scale, bends / scale**2, y.shape
     # of the term t in coordinate i: the change of y, (t, i, k, d), and so on; the one that is none comes first
     eye = torch.eye(d).to(y)
@@ -178,19 +162,3 @@ def _derivative(
     gradients = gradients.view(-1, k, d)
     turns = (gradients[1:] - gradients[:1]) / near + changes[0] / tau
     return rows, turns.flatten(1).mT
-
-
-def _monomials(z: Tensor, degree: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of a polynomial of this degree at z (n, d), (n, terms), their gradients (n, terms, d) and Hessians."""
-    d, chosen = z.shape[-1], [(), *coefficients(z.shape[-1], degree)]
-    powers = torch.tensor([[Counter(term)[a] for a in range(d)] for term in chosen], device=z.device)
-    k = torch.arange(degree + 1, device=z.device)
-    factors = torch.ones_like(k), k, k * (k - 1)  # z^k and its derivatives
-    tables = [factor * z[..., None] ** (k - order).clamp_min(0) for order, factor in enumerate(factors)]
-    of = [[tables[order][:, a, powers[:, a]] for a in range(d)] for order in range(3)]
-
-    def term(*by: int) -> Tensor:
-        return math.prod(of[by.count(a)][a] for a in range(d))
-
-    slopes = torch.stack([term(a) for a in range(d)], -1)
-    return term(), slopes, torch.stack([torch.stack([term(a, b) for b in range(d)], -1) for a in range(d)], -2)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from gengrad.flows.asked import whole
 from gengrad.flows.newton_correction import Correction, correction_of
 from gengrad.flows.operator_family import outside
+from gengrad.flows.polar_factor import circulation
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
 from gengrad.networks.kernels import Marks
-from gengrad.networks.local_fit import are_enough, jacobians, scores
+from gengrad.networks.local_fit import SmoothMaps, are_enough, slopes
 from gengrad.networks.set_operator import determinant
 from gengrad.registry import DATASETS, NETWORKS, settings_of
 
@@ -129,15 +130,21 @@ class OperatorTransport(Transport):
         Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step.
         """
         tau = tau or self.tau
-        moved, logs = push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None)
+        maps = SmoothMaps(x) if log_rho is not None and are_enough(x) else None
+        moved, logs = push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None, maps)
         if not (self.correction and told and log_rho is not None):
             return moved, logs, None
-        density = Density(logs, scores(moved, logs))
+        density = Density(logs, slopes(moved, logs)[0])
         found = correction_of(self.functional(), tau, x, moved, density, self.correction)
         if found is None:
             return moved, logs, None
-        corrected, jacobian = found(moved.double())
-        return corrected.to(moved), logs - determinant(jacobian).log().to(logs), found
+        y, jacobian = found(moved.double())
+        carried = logs - determinant(jacobian).log().to(logs)
+        if maps is not None:
+            circulated = circulation(maps, x, y, *slopes(y, carried))
+            y = y if circulated is None else y + circulated
+            carried = log_rho - determinant(maps.jacobians(x, y)).log().to(log_rho)
+        return y.to(moved), carried, found
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
@@ -146,7 +153,7 @@ KINDS[OperatorTransport.kind] = OperatorTransport
 @torch.no_grad()
 def push(
     network: nn.Module, x: Tensor, tau: float, log_rho: Tensor | None = None, particles: Tensor | None = None,
-    weights: Sequence[float] = (), known: Tensor | Marks | None = None,
+    weights: Sequence[float] = (), known: Tensor | Marks | None = None, maps: SmoothMaps | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(T x, log rho'(T x)) for x (..., n, d), the context that of ``particles`` (default: x itself).
 
@@ -155,8 +162,9 @@ def push(
     x itself then, ``log_rho``.
 
     Of the particles themselves, where they are enough, DT is that of the smooth map that brings x to T x
-    (``jacobians``): each of them is at the middle of its own kernels, where T is bent by these as it is nowhere else,
-    and the outermost, farther from each other than kernels are wide, would carry densities of their places alone.
+    (``SmoothMaps``; ``maps``, where they are at hand): each of them is at the middle of its own kernels, where T is
+    bent by these as it is nowhere else, and the outermost, farther from each other than kernels are wide, would carry
+    densities of their places alone.
     """
     own = particles is None or particles is x
     context = network.context(*(x, tau, weights, log_rho) if particles is None else (particles, tau, weights, known))
@@ -165,7 +173,7 @@ def push(
     if own and are_enough(x):
         moved = network(x, context)
         clouds = zip(x.reshape(-1, *x.shape[-2:]), moved.reshape(-1, *x.shape[-2:]))
-        jacobian = torch.stack([jacobians(*cloud) for cloud in clouds]).view(*x.shape, x.shape[-1])
+        jacobian = torch.stack([(maps or SmoothMaps(a)).jacobians(a, b) for a, b in clouds]).view(*x.shape, x.shape[-1])
     else:
         moved, jacobian = network(x, context, jacobian=True)
     return moved, log_rho - determinant(jacobian).log().to(log_rho)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import combinations_with_replacement
 
 import torch
@@ -66,30 +67,46 @@ def moments(particles: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (particles - mean).square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
 
 
-def scores(particles: Tensor, log_density: Tensor) -> Tensor:
-    """grad log rho at particles (..., N, d) of log rho (..., N), as it is ``fitted``."""
-    mean, scale = moments(particles)
-    away = (particles - mean) / scale
-    return fitted(away, log_density, torch.ones_like(scale)).at(away)[..., : particles.shape[-1]] / scale
+def slopes(particles: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
+    """grad log rho (..., N, d) and its Hessian (..., N, d, d) at particles (..., N, d) of log rho (..., N), as it is
 
-
-@torch.no_grad()
-def jacobians(x: Tensor, y: Tensor) -> Tensor:
-    """DT (n, d, d) at x (n, d), in float64, of the smooth map T that brings x to y (n, d).
-
-    I + Dp(x_i) for the quartics p with p(x_i) = y_i - x_i that come nearest to y_j - x_j of four times as many nearest
-    neighbours as they have coefficients, fitted as log densities are (``fitted``). So T is seen at the scale of the
-    points' distances, not below it.
+    ``fitted``.
     """
-    scale = moments(x.double())[1]
-    terms, eps = coefficients(x.shape[-1], QUARTIC), torch.finfo(y.dtype).eps
-    points, which, (values, far) = _distinct(x.double() / scale, (y.double() - x) / scale, y.double().abs() / scale)
-    slopes = _fitted(points, values, eps * (1 + far.amax(-1)), terms, 4 * (len(terms) + 1))[:, : x.shape[-1]]
-    return torch.eye(x.shape[-1]).to(slopes) + slopes.mT[which]
+    (mean, scale), d = moments(particles), particles.shape[-1]
+    away = (particles - mean) / scale
+    found = fitted(away, log_density, torch.ones_like(scale)).at(away)
+    return found[..., :d] / scale, whole(found[..., d:], d) / scale[..., None] ** 2
+
+
+class SmoothMaps:
+    """DT at the points x (n, d) of the smooth map T that brings them where they go, for any number of such maps.
+
+    I + Dp(x_i) for the quartics p with p(x_i) = T x_i - x_i that come nearest to T x_j - x_j of four times as many
+    nearest neighbours as they have coefficients, fitted as log densities are (``fitted``). So T is seen at the scale of
+    the points' distances, not below it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, x: Tensor):
+        scale = moments(x.double())[1]
+        terms = coefficients(x.shape[-1], QUARTIC)
+        points, self.which, (rounded,) = _distinct(x.double() / scale, torch.finfo(x.dtype).eps * (1 + x[:, :1].abs()))
+        found, count = [], 4 * (len(terms) + 1)
+        for block, noise, near in _neighbourhoods(points, rounded[:, 0].double(), len(terms), count):
+            found.append((near, _solver(block, noise, points, near, terms)[:, : x.shape[-1]] / scale))
+        self.near, self.weights = (torch.cat(parts) for parts in zip(*found))
+
+    @torch.no_grad()
+    def jacobians(self, x: Tensor, y: Tensor) -> Tensor:
+        """(n, d, d), in float64, where the map brings x to y."""
+        displacement = torch.zeros(len(self.near), x.shape[-1], dtype=torch.float64, device=x.device)
+        displacement[self.which] = y.double() - x
+        rise = displacement[self.near] - displacement[:, None]
+        return torch.eye(x.shape[-1]).to(rise) + (self.weights @ rise).mT[self.which]
 
 
 def are_enough(x: Tensor) -> bool:
-    """Whether so many points (..., n, d) say of a map what ``jacobians`` asks: twice as many as a quartic's terms."""
+    """Whether so many points (..., n, d) tell of a map what ``SmoothMaps`` asks: twice as many as a quartic's terms."""
     return x.shape[-2] >= 2 * math.comb(x.shape[-1] + QUARTIC, QUARTIC)
 
 
@@ -99,10 +116,11 @@ def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:
     points, which, (values,) = _distinct(x[known], log_rho[known, None])
     if len(points) < 2:
         return x.new_zeros(len(x), d * (d + 3) // 2)
+    values = values[:, 0]
     mean = values.mean()
     rounded = eps * (1 + (values - mean).abs()) + own * values.abs()
     terms = coefficients(d)
-    found = _fitted(points, values - mean, rounded[:, 0], terms, 2 * (len(terms) + 1))[..., 0]
+    found = _fitted(points, values - mean, rounded, terms, 2 * (len(terms) + 1))
     rows, columns = torch.triu_indices(d, d, device=x.device)
     bends = found[:, d : d + len(rows)] * (1 + (rows == columns).to(found))  # z_a^2 has H_aa / 2
     start = found[:, :d] - (whole(bends, d) @ points[..., None])[..., 0]
@@ -124,31 +142,37 @@ def _distinct(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]
 
 
 def _fitted(points: Tensor, values: Tensor, rounded: Tensor, terms: list[tuple[int, ...]], count: int) -> Tensor:
-    """Coefficients (n, terms, c) around each of the points (n, d) of values (n, c) there, ``rounded`` (n,) by so much:
+    """Coefficients (n, terms) around each of the points (n, d) of values (n,) there, ``rounded`` (n,) by so much, by
 
     those of the ``count`` points that are nearest, itself among them.
     """
-    count = min(count, len(points))
-    stride = max(1, len(points) // DENSE) if points.shape[-1] == 1 else 1
-    tile, tree = max(1, TILE // (count * max(stride, len(terms)))), cKDTree(points.cpu().numpy())
     found = []
-    for block, noise in zip(points.split(tile), rounded.split(tile)):
-        near = tree.query(block.cpu().numpy(), (count - 1) * stride + 1)[1].reshape(len(block), -1)[:, ::stride]
-        found.append(_fit(block, noise, points, values, torch.from_numpy(near).to(points.device), terms))
+    for block, noise, near in _neighbourhoods(points, rounded, len(terms), count):
+        rise = values[near] - values[near[:, :1]]
+        found.append((_solver(block, noise, points, near, terms) @ rise[..., None])[..., 0])
     return torch.cat(found)
 
 
-def _fit(
-    x: Tensor, rounded: Tensor, points: Tensor, values: Tensor, near: Tensor, terms: list[tuple[int, ...]]
-) -> Tensor:
-    """The coefficients around some of the ``points``, by those of numbers ``near`` (n, count) around each, itself the
+def _neighbourhoods(
+    points: Tensor, rounded: Tensor, terms: int, count: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Tiles of the points (n, d), of what they are rounded by (n,), and the numbers (tile, count) of the nearest."""
+    count = min(count, len(points))
+    stride = max(1, len(points) // DENSE) if points.shape[-1] == 1 else 1
+    tile, tree = max(1, TILE // (count * max(stride, terms))), cKDTree(points.cpu().numpy())
+    for block, noise in zip(points.split(tile), rounded.split(tile)):
+        near = tree.query(block.cpu().numpy(), (count - 1) * stride + 1)[1].reshape(len(block), -1)[:, ::stride]
+        yield block, noise, torch.from_numpy(near).to(points.device)
 
-    first and the farthest the last.
+
+def _solver(x: Tensor, rounded: Tensor, points: Tensor, near: Tensor, terms: list[tuple[int, ...]]) -> Tensor:
+    """(n, terms, count): what makes the coefficients around some of the ``points`` of the rises to numbers ``near``
+
+    (n, count) around each, itself the first and the farthest the last.
     """
     z = points[near] - x[:, None]
     reach = z[:, -1].norm(dim=-1, keepdim=True)
     z = z / reach[..., None]
-    rise = values[near] - values[near[:, :1]]
     weight = (-2 * z.square().sum(-1)).exp()
     weight = weight / weight.sum(-1, keepdim=True)
     basis = torch.stack([math.prod(z[..., a] for a in chosen) for chosen in terms], -1)
@@ -158,5 +182,5 @@ def _fit(
         torch.tensor(PRICES, dtype=x.dtype, device=x.device)[degrees - 1]
         + (rounded[:, None] / (STEEP * reach) ** degrees).square()
     )
-    found = torch.linalg.solve_ex(weighed @ basis + torch.diag_embed(price), weighed @ rise)[0]
+    found = torch.linalg.solve_ex(weighed @ basis + torch.diag_embed(price), weighed)[0]
     return found / reach[..., None] ** degrees[:, None]

@@ -1,0 +1,43 @@
+"""Least squares over polynomials, without what its own scatter makes doubtful."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from gengrad.networks.local_fit import coefficients
+
+# squared standard errors by which the square of a coordinate is taken to be less; the errors of neighbours are alike,
+# so that there are fewer of them than residuals
+DOUBT = 8.0
+
+
+def shrunk(a: Tensor, b: Tensor) -> Tensor:
+    """c of least |a c - b|^2 for a (n, m), b (n,), without what the scatter of the rest explains: along the columns of
+
+    Q, a = Q R, so that low degrees come first, each coordinate by the positive-part rule of James and Stein.
+    """
+    q, r = torch.linalg.qr(a)
+    along = q.mT @ b
+    noise = (b.square().sum() - along.square().sum()).clamp_min(0) / max(1, len(b) - len(along))
+    along = along * (1 - DOUBT * noise / along.square().clamp_min(1e-300)).clamp_min(0)
+    return torch.linalg.solve_triangular(r, along[:, None], upper=True)[:, 0]
+
+
+def monomials(z: Tensor, degree: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms of a polynomial of this degree at z (n, d), (n, terms), their gradients (n, terms, d) and Hessians."""
+    d, chosen = z.shape[-1], [(), *coefficients(z.shape[-1], degree)]
+    powers = torch.tensor([[Counter(term)[a] for a in range(d)] for term in chosen], device=z.device)
+    k = torch.arange(degree + 1, device=z.device)
+    factors = torch.ones_like(k), k, k * (k - 1)  # z^k and its derivatives
+    tables = [factor * z[..., None] ** (k - order).clamp_min(0) for order, factor in enumerate(factors)]
+    of = [[tables[order][:, a, powers[:, a]] for a in range(d)] for order in range(3)]
+
+    def term(*by: int) -> Tensor:
+        return math.prod(of[by.count(a)][a] for a in range(d))
+
+    slopes = torch.stack([term(a) for a in range(d)], -1)
+    return term(), slopes, torch.stack([torch.stack([term(a, b) for b in range(d)], -1) for a in range(d)], -2)

@@ -20,18 +20,22 @@ CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
     "fokker_planck_1": (
         "heat",
-        {"network": BOUND, "method": {"functional": [QUADRATIC, ENTROPY]}, "train": {"steps": 8000}},
+        {
+            "network": {**BOUND, "log_density": True},
+            "method": {"functional": [QUADRATIC, ENTROPY], "reuse": 4},
+            "train": {"steps": 3000, "grad_clip": 0.01},
+        },
     ),
     "double_well_1": (
         "heat",
-        {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": {"steps": 4000}},
+        {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": {"steps": 3000}},
     ),
     "fokker_planck_2": ("fokker_planck", {}),
     "double_well_2": (
         "fokker_planck",
         {"method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}},
     ),
-    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 3000}}),
+    "heat_2": ("fokker_planck", {"network": FREE, "method": {"functional": "entropy"}, "train": {"steps": 2000}}),
     "porous_medium_1": ("porous_medium", {}),
     "porous_medium_2": ("porous_medium", {"source": {"dimension": 2}, "data": PLANE}),
     "aggregation_1": ("aggregation", {}),

@@ -22,7 +22,7 @@ from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
 from gengrad.networks.kernels import Marks
 from gengrad.networks.local_fit import SmoothMaps, are_enough, slopes
-from gengrad.networks.set_operator import determinant
+from gengrad.networks.set_operator import FOLD, determinant
 from gengrad.registry import DATASETS, NETWORKS, settings_of
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class OperatorTransport(Transport):
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``; ``weights`` the range of
     the weight of each term of that name, where it takes others than those of ``terms``. ``correction``: the degree of
-    the polynomial by which a step is corrected where log densities are known (``correction_of``), 0 for none;
-    ``corrected`` (K, terms + 3, d): the corrections of the anchors' steps, ``packed``.
+    the polynomial by which a step is corrected where log densities are known (``correction_of``), after which what
+    moves the measure within itself is taken out (``circulation``); 0 for neither. ``corrected`` (K, terms + 3, d): the
+    polynomials of the anchors' steps, ``packed``.
     """
 
     kind = "operator"
@@ -125,7 +126,7 @@ class OperatorTransport(Transport):
     def moved(
         self, x: Tensor, log_rho: Tensor | None = None, tau: float | None = None, told: bool = True
     ) -> tuple[Tensor, Tensor | None, Correction | None]:
-        """(T x, log rho'(T x), what corrected T) for a cloud x (n, d) and log rho (n,) at it, where it is known.
+        """(T x, log rho'(T x), the polynomial that corrected T) for a cloud x (n, d) and log rho (n,) there, if known.
 
         Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step.
         """
@@ -140,10 +141,11 @@ class OperatorTransport(Transport):
             return moved, logs, None
         y, jacobian = found(moved.double())
         carried = logs - determinant(jacobian).log().to(logs)
-        if maps is not None:
-            circulated = circulation(maps, x, y, *slopes(y, carried))
-            y = y if circulated is None else y + circulated
-            carried = log_rho - determinant(maps.jacobians(x, y)).log().to(log_rho)
+        circulated = None if maps is None else circulation(maps, x, y, *slopes(y, carried))
+        if circulated is not None:
+            det = determinant(maps.jacobians(x, y + circulated))
+            if bool((det > FOLD).all()):
+                y, carried = y + circulated, log_rho - det.log().to(log_rho)
         return y.to(moved), carried, found
 
 

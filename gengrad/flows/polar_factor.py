@@ -14,6 +14,7 @@ CENTRES, DEGREE = 100, 3  # of the bumps, and the degree of the polynomials, of 
 WIDE = 1.4  # width of a bump, of the distance within which every particle has a centre
 FEW = 10  # particles for each bump, at least
 MOST = 4096  # particles whose derivatives are made symmetric
+FURTHEST = 1.1  # at most the way of v, of that of the step: all of a step can be circulation, and no more
 TILE = 2**22  # numbers held at once
 
 
@@ -31,7 +32,7 @@ def circulation(maps: SmoothMaps, x: Tensor, y: Tensor, score: Tensor, hessian: 
     symmetric matrices at the particles, in least squares, without what is doubtful (``shrunk``); DT is found of where
     the particles go alone (``maps``, those of x). ``score`` (n, d), ``hessian`` (n, d, d): of log rho' at y.
 
-    None on the line, where every increasing map is a gradient, and for few particles.
+    None on the line, where every increasing map is a gradient, for few particles, and where v would go far.
     """
     n, d = y.shape
     if d == 1 or n < FEW * FEW:
@@ -53,7 +54,8 @@ def circulation(maps: SmoothMaps, x: Tensor, y: Tensor, score: Tensor, hessian: 
     coefficients = -shrunk(twist / sizes, own) / sizes
     tile = max(1, TILE // fields[0].numel())
     parts = zip(z.split(tile), score.split(tile), hessian.split(tile))
-    return torch.cat([coefficients @ _fields(some, scale, bumps, width, s, h)[0] for some, s, h in parts])
+    found = torch.cat([coefficients @ _fields(some, scale, bumps, width, s, h)[0] for some, s, h in parts])
+    return found if bool(found.square().mean().sqrt() <= FURTHEST * (y - x).square().mean().sqrt()) else None
 
 
 def _fields(

@@ -17,6 +17,9 @@ from gengrad.networks.kernels import Marks, whole
 # others where all neighbours lie on one side, as those of the outermost points do
 PRICES = 1e-10, 1e-10, 1e-4, 1e-4
 CUBIC, QUARTIC = 3, 4  # degrees of what is fitted to log densities and to maps
+# neighbours of a particle, itself among them, by d: of the outermost all lie on one side, on the line fewer than these
+# would have a cubic follow every error of their log densities, and be led away by it
+NEIGHBOURS = {1: 24, 2: 20, 3: 40}
 # slopes, bends and so on of log rho over the unit of the particles, expected where rounding leaves nothing to see
 STEEP = 10.0
 DENSE = 1024  # points on the line from which on neighbours are not the nearest: there rounding is all that is seen
@@ -30,14 +33,14 @@ def fitted(particles: Tensor, log_density: Tensor, unit: Tensor) -> Marks:
     """The marks of particles (..., N, d), of about unit scale, and log rho (..., N) there, not finite where unknown.
 
     At each particle x_i the cubic p(z) of z = x_j - x_i with p(0) = log rho(x_i) that minimises
-    E[w_ij (p(z) - log rho(x_j))^2] + a small price of its coefficients over its nearest neighbours, twice as many as a
-    cubic has coefficients: local polynomial regression (Fan and Gijbels, *Local Polynomial Modelling and Its
-    Applications*, 1996, section 3.1) with the nearest neighbours' weights of Cleveland (1979), here
-    w = exp(-2 |z|^2 / r_i^2) where r_i is the distance to the farthest of them. The values have no noise but rounding,
-    so it matters little how the points lie, and nothing is smoothed over more than a few of them (on the line, where
-    many are too near for a second difference in single precision, each so-manyth is a neighbour). A coefficient c of
-    degree k costs (``PRICES``[k] + (s / (``STEEP`` r_i)^k)^2) (c r_i^k)^2, s being the rounding of the values: among
-    points that nearly coincide, bends that rounding makes up are left out.
+    E[w_ij (p(z) - log rho(x_j))^2] + a small price of its coefficients over its ``NEIGHBOURS``, twice as many nearest
+    ones as a cubic has coefficients and on the line six times as many: local polynomial regression (Fan and Gijbels,
+    *Local Polynomial Modelling and Its Applications*, 1996, section 3.1) with the nearest neighbours' weights of
+    Cleveland (1979), here w = exp(-2 |z|^2 / r_i^2) where r_i is the distance to the farthest of them. The values have
+    no noise but rounding, so it matters little how the points lie, and nothing is smoothed over more than a few of them
+    (on the line, where many are too near for a second difference in single precision, each so-manyth is a neighbour).
+    A coefficient c of degree k costs (``PRICES``[k] + (s / (``STEEP`` r_i)^k)^2) (c r_i^k)^2, s being the rounding of
+    the values: among points that nearly coincide, bends that rounding makes up are left out.
 
     Points that come several times count once; particles whose log density is not known have the marks of the nearest
     one that is known, and where there are none, they are zero. ``unit`` (..., 1, 1): in which marks are seen.
@@ -120,7 +123,7 @@ def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:
     mean = values.mean()
     rounded = eps * (1 + (values - mean).abs()) + own * values.abs()
     terms = coefficients(d)
-    found = _fitted(points, values - mean, rounded, terms, 2 * (len(terms) + 1))
+    found = _fitted(points, values - mean, rounded, terms, NEIGHBOURS.get(d, 2 * (len(terms) + 1)))
     rows, columns = torch.triu_indices(d, d, device=x.device)
     bends = found[:, d : d + len(rows)] * (1 + (rows == columns).to(found))  # z_a^2 has H_aa / 2
     start = found[:, :d] - (whole(bends, d) @ points[..., None])[..., 0]

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[str, dict]] = {
         "heat",
         {
             "network": {**BOUND, "log_density": True},
-            "method": {"functional": [QUADRATIC, ENTROPY], "reuse": 4},
+            "method": {"functional": [QUADRATIC, ENTROPY], "reuse": 4, "independent": 0.25},
             "train": {"steps": 3000, "grad_clip": 0.01},
         },
     ),

@@ -16,9 +16,11 @@ DOUBT = 8.0
 
 
 def shrunk(a: Tensor, b: Tensor) -> Tensor:
-    """c of least |a c - b|^2 for a (n, m), b (n,), without what the scatter of the rest explains: along the columns of
+    """c of least |a c - b|^2 for a (n, m), b (n,), without what the scatter of the rest explains.
 
-    Q, a = Q R, so that low degrees come first, each coordinate by the positive-part rule of James and Stein.
+    Along the columns of Q, a = Q R, each coordinate is shrunk by 1 - ``DOUBT`` s^2 / square, or left out: the
+    nonnegative garrote of an orthonormal design (Breiman 1995), s^2 the mean square of what is left of b. Columns of
+    low degrees come first.
     """
     q, r = torch.linalg.qr(a)
     along = q.mT @ b

@@ -89,9 +89,9 @@ def correction_of(
     (E score (y - m)' is then not -I), where F cannot be taken of the particles, where affine maps have no minimum, and
     where q would go far, or fold.
     """
-    x, y = x.double(), y.double()
+    x, y = (v.detach().double() for v in (x, y))
     if density is not None:
-        log_rho, score = density.log.double(), density.score.double()
+        log_rho, score = (v.detach().double() for v in (density.log, density.score))
         sound = log_rho.isfinite() & score.isfinite().all(-1)
         if int(sound.sum()) < len(x) / 2:
             return None

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, told
 from gengrad.networks.kernels import Marks
-from gengrad.networks.local_fit import SmoothMaps, are_enough, slopes
+from gengrad.networks.local_fit import SmoothMaps, slopes
 from gengrad.networks.set_operator import FOLD, determinant
 from gengrad.registry import DATASETS, NETWORKS, settings_of
 
@@ -32,6 +32,18 @@ SETTINGS = ("tau", "terms", "data", "family", "taus", "weights", "correction")  
 PAIRS = 4096  # particles whose energy is taken where every one meets every other
 UNKNOWN = -1e30  # stands for a log density that is not known, where only finite numbers are stored
 FAR = 0.25  # of the width of the training family outside of it from which on a warning is given
+
+
+class Moved(NamedTuple):
+    """A cloud after a step: T x (n, d), log rho'(T x) (n,) where log rho was known, the polynomial that corrected T,
+
+    and the log densities that the network was told (n,).
+    """
+
+    x: Tensor
+    log_rho: Tensor | None
+    correction: Correction | None
+    told: Tensor | None
 
 
 class OperatorTransport(Transport):
@@ -123,33 +135,43 @@ class OperatorTransport(Transport):
         known = [torch.zeros(description[name]) if name in description else None for name in ("known", "corrected")]
         return cls(network, *empty, *(description.get(name) for name in SETTINGS), *known)
 
-    def moved(
-        self, x: Tensor, log_rho: Tensor | None = None, tau: float | None = None, told: bool = True
-    ) -> tuple[Tensor, Tensor | None, Correction | None]:
-        """(T x, log rho'(T x), the polynomial that corrected T) for a cloud x (n, d) and log rho (n,) there, if known.
+    @torch.inference_mode(False)  # gradients of potentials and interactions are autograd's
+    @torch.no_grad()
+    def moved(self, x: Tensor, log_rho: Tensor | None = None, tau: float | None = None, told: bool = True) -> Moved:
+        """One step of a cloud x (n, d) with log rho (n,) at it, where it is known.
 
-        Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step.
+        Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step. Nor does it
+        see them where the map that goes by them folds, and that by the points alone does not.
         """
-        tau = tau or self.tau
-        maps = SmoothMaps(x) if log_rho is not None and are_enough(x) else None
-        moved, logs = push(self.network, x, tau, log_rho, x, self.told(), log_rho if told else None, maps)
-        if not (self.correction and told and log_rho is not None):
-            return moved, logs, None
-        density = Density(logs, slopes(moved, logs)[0])
-        found = correction_of(self.functional(), tau, x, moved, density, self.correction)
+        x, log_rho = x.clone(), log_rho if log_rho is None else log_rho.clone()  # of no inference mode
+        tau, maps = tau or self.tau, None if log_rho is None else SmoothMaps.where_enough(x)
+        told = told and log_rho is not None
+        known = log_rho if told and self.network.config.log_density else None
+        y, logs = push(self.network, x, tau, log_rho, x, self.told(), known, maps)
+        if known is not None and _folds(logs, log_rho):
+            other = push(self.network, x, tau, log_rho, x, self.told(), None, maps)
+            if not _folds(other[1], log_rho):
+                (y, logs), known = other, None
+        if not (self.correction and told):
+            return Moved(y, logs, None, known)
+        found = correction_of(self.functional(), tau, x, y, Density(logs, slopes(y, logs)[0]), self.correction)
         if found is None:
-            return moved, logs, None
-        y, jacobian = found(moved.double())
-        carried = logs - determinant(jacobian).log().to(logs)
-        circulated = None if maps is None else circulation(maps, x, y, *slopes(y, carried))
+            return Moved(y, logs, None, known)
+        corrected, jacobian = found(y.double())
+        logs = logs - determinant(jacobian).log().to(logs)
+        circulated = None if maps is None else circulation(maps, x, corrected, *slopes(corrected, logs))
         if circulated is not None:
-            det = determinant(maps.jacobians(x, y + circulated))
-            if bool((det > FOLD).all()):
-                y, carried = y + circulated, log_rho - det.log().to(log_rho)
-        return y.to(moved), carried, found
+            det = determinant(maps.jacobians(x, corrected + circulated))
+            if bool((det > FOLD)[logs.isfinite()].all()):
+                corrected, logs = corrected + circulated, log_rho - det.log().to(log_rho)
+        return Moved(corrected.to(y), logs, found, known)
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
+
+
+def _folds(after: Tensor, before: Tensor) -> bool:
+    return bool((after.isnan() & ~before.isnan()).any())
 
 
 @torch.no_grad()
@@ -164,18 +186,20 @@ def push(
     x itself then, ``log_rho``.
 
     Of the particles themselves, where they are enough, DT is that of the smooth map that brings x to T x
-    (``SmoothMaps``; ``maps``, where they are at hand): each of them is at the middle of its own kernels, where T is
-    bent by these as it is nowhere else, and the outermost, farther from each other than kernels are wide, would carry
-    densities of their places alone.
+    (``SmoothMaps``; ``maps``, where those of a cloud are at hand): each of them is at the middle of its own kernels,
+    where T is bent by these as it is nowhere else, and the outermost, farther from each other than kernels are wide,
+    would carry densities of their places alone.
     """
     own = particles is None or particles is x
     context = network.context(*(x, tau, weights, log_rho) if particles is None else (particles, tau, weights, known))
     if log_rho is None:
         return network(x, context), None
-    if own and are_enough(x):
+    clouds = x.reshape(-1, *x.shape[-2:])
+    every = [maps] if maps else [SmoothMaps.where_enough(cloud) if own else None for cloud in clouds]
+    if all(every):
         moved = network(x, context)
-        clouds = zip(x.reshape(-1, *x.shape[-2:]), moved.reshape(-1, *x.shape[-2:]))
-        jacobian = torch.stack([(maps or SmoothMaps(a)).jacobians(a, b) for a, b in clouds]).view(*x.shape, x.shape[-1])
+        found = [each.jacobians(*cloud) for each, *cloud in zip(every, clouds, moved.view_as(clouds))]
+        jacobian = torch.stack(found).view(*x.shape, x.shape[-1])
     else:
         moved, jacobian = network(x, context, jacobian=True)
     return moved, log_rho - determinant(jacobian).log().to(log_rho)
@@ -184,21 +208,22 @@ def push(
 def anchored(
     transport: OperatorTransport, x: Tensor, log_rho: Tensor | None, steps: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The cloud x before each of so many steps (steps, n, d); log rho there, where it is given; and what corrected
+    """The cloud x before each of so many steps (steps, n, d); log rho there, where it is given, NaN in steps that go by
 
-    each step, where that is done.
+    the points alone; and what corrected each step, where that is done.
     """
-    states, corrections = [], []
+    states, known, corrections = [], [], []
     for _ in range(steps):
-        states.append((x, log_rho))
-        x, log_rho, found = transport.moved(x, log_rho)
-        corrections.append((found or Correction.none(x.shape[1])).packed(transport.correction).to(x))
-    points, logs = zip(*states)
-    known = logs[0] is not None
+        states.append(x)
+        step = transport.moved(x, log_rho)
+        known.append(None if log_rho is None else torch.full_like(log_rho, math.nan) if step.told is None else log_rho)
+        corrections.append((step.correction or Correction.none(x.shape[1])).packed(transport.correction).to(x))
+        x, log_rho = step.x, step.log_rho
+    given = log_rho is not None
     return (
-        torch.stack(points),
-        torch.stack(logs).to(x) if known else None,
-        torch.stack(corrections) if known and transport.correction else None,
+        torch.stack(states),
+        torch.stack(known).to(x) if given else None,
+        torch.stack(corrections) if given and transport.correction else None,
     )
 
 
@@ -268,7 +293,7 @@ def evolve(
     known = log_rho is not None or not functional.needs_density
     states, densities, values, rest = [x], [log_rho], [], functional.needs_density
     for _ in range(n_steps):
-        moved, log_rho, _ = transport.moved(states[-1], log_rho, tau)
+        moved, log_rho, *_ = transport.moved(states[-1], log_rho, tau)
         states.append(moved)
         densities.append(log_rho)
     if known and energies is not False:
@@ -329,7 +354,7 @@ def _checked(flow: Flow, points: Tensor) -> Tensor:
     if bool((points == points[..., :1, :]).all(-1).all(-1).any()):
         raise ValueError("all points are identical: an atom of mass, which no map can spread; give points that differ")
     x = points.to(flow.device, torch.get_default_dtype() if not points.is_floating_point() else points.dtype)
-    x = x.to(next(flow.parameters()).dtype)
+    x = x.detach().to(next(flow.parameters()).dtype)
     return x if flow.units is None else (x - flow.units[0].to(x)) / flow.units[1]
 
 

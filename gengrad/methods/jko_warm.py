@@ -50,14 +50,14 @@ def fitted(
 ) -> nn.Module:
     """A copy of the potential u fitted to the operator's map T: min E |grad u(x) - T x|^2 over the cloud x (n, d).
 
-    ``log_rho`` (n,): of the cloud, where it is known, for operators that take it.
+    ``log_rho`` (n,): of the cloud, where it is known, for operators that take it, and for the correction of the step.
     Adam with a rate that falls to zero; no Hessian is needed, so that a step of it costs less than one of the solver.
     """
     network = copy.deepcopy(network)
     x = x.float()
     known = None if log_rho is None else log_rho[:SEEN].float()
     y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told(), known=known)[0]
-    correction = operator.moved(x[:SEEN], known, tau)[2] if operator.correction else None
+    correction = operator.moved(x[:SEEN], known, tau).correction if operator.correction else None
     if correction is not None:
         y = correction(y.double())[0].to(x)
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)

@@ -20,6 +20,7 @@ CUBIC, QUARTIC = 3, 4  # degrees of what is fitted to log densities and to maps
 # neighbours of a particle, itself among them, by d: of the outermost all lie on one side, on the line fewer than these
 # would have a cubic follow every error of their log densities, and be led away by it
 NEIGHBOURS = {1: 24, 2: 20, 3: 40}
+SPREAD = 5  # times the points that a quartic is fitted to, from which on a cloud says what a map does
 # slopes, bends and so on of log rho over the unit of the particles, expected where rounding leaves nothing to see
 STEEP = 10.0
 DENSE = 1024  # points on the line from which on neighbours are not the nearest: there rounding is all that is seen
@@ -94,10 +95,20 @@ class SmoothMaps:
         scale = moments(x.double())[1]
         terms = coefficients(x.shape[-1], QUARTIC)
         points, self.which, (rounded,) = _distinct(x.double() / scale, torch.finfo(x.dtype).eps * (1 + x[:, :1].abs()))
-        found, count = [], 4 * (len(terms) + 1)
-        for block, noise, near in _neighbourhoods(points, rounded[:, 0].double(), len(terms), count):
+        found = []
+        for block, noise, near in _neighbourhoods(points, rounded[:, 0].double(), len(terms), 4 * (len(terms) + 1)):
             found.append((near, _solver(block, noise, points, near, terms)[:, : x.shape[-1]] / scale))
         self.near, self.weights = (torch.cat(parts) for parts in zip(*found))
+
+    @classmethod
+    def where_enough(cls, x: Tensor) -> SmoothMaps | None:
+        """None for fewer than ``SPREAD`` times as many distinct points as a fit takes, and above d = 3.
+
+        There neighbours reach across the cloud: of 60 points in the plane and a map of one wave, log det is off by half
+        of how much it varies.
+        """
+        least = SPREAD * 4 * math.comb(x.shape[-1] + QUARTIC, QUARTIC)
+        return cls(x) if x.shape[-1] <= 3 and len(x) >= least and len(torch.unique(x, dim=0)) >= least else None
 
     @torch.no_grad()
     def jacobians(self, x: Tensor, y: Tensor) -> Tensor:
@@ -106,11 +117,6 @@ class SmoothMaps:
         displacement[self.which] = y.double() - x
         rise = displacement[self.near] - displacement[:, None]
         return torch.eye(x.shape[-1]).to(rise) + (self.weights @ rise).mT[self.which]
-
-
-def are_enough(x: Tensor) -> bool:
-    """Whether so many points (..., n, d) tell of a map what ``SmoothMaps`` asks: twice as many as a quartic's terms."""
-    return x.shape[-2] >= 2 * math.comb(x.shape[-1] + QUARTIC, QUARTIC)
 
 
 def _columns(x: Tensor, log_rho: Tensor, eps: float, own: float) -> Tensor:

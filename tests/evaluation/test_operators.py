@@ -65,7 +65,7 @@ def test_a_rollout_that_is_not_told_goes_by_its_points():
     operator.network = SetOperator(event_shape=(1,), width=8, tokens=2, heads=2, blocks=1, log_density=True).double()
     with torch.no_grad():
         operator.network.affine.weight.normal_(0, 0.1), operator.network.affine.bias.normal_(0, 0.1)
-    x = source.sample(64, torch.Generator().manual_seed(0)).double()
+    x = source.sample(128, torch.Generator().manual_seed(0)).double()
     log_rho = source.log_density(x)
     told, untold = (judge_rollout(operator, x, log_rho, 1, told=given)[0]["energy"] for given in (True, False))
     for energy, known in ((told, log_rho), (untold, None)):

@@ -192,7 +192,7 @@ def test_log_rho_is_carried_through_the_correction():
     x = (2**0.5 * torch.erfinv(2 * u - 1))[:, None]
     log_rho = -x[:, 0].square() / 2 - math.log(2 * math.pi) / 2
     operator = OperatorTransport(network, x[None], x[:0], TAU, read_expression("entropy"), correction=3)
-    y, logs, found = operator.moved(x, log_rho)
+    y, logs, found, _ = operator.moved(x, log_rho)
     assert found is not None and found.coefficients.abs().max() > 1e-3
     mass = (logs.exp()[1:] + logs.exp()[:-1]) / 2 * y[:, 0].diff()
     before = (log_rho.exp()[1:] + log_rho.exp()[:-1]) / 2 * x[:, 0].diff()

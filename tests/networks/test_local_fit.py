@@ -9,7 +9,7 @@ from gengrad.data.family_members import GaussianMembers
 from gengrad.kernel_moments import KernelMoments
 from gengrad.networks import local_fit
 from gengrad.networks.kernels import RARE, Marks, smoothed, whole
-from gengrad.networks.local_fit import SmoothMaps, are_enough, fitted
+from gengrad.networks.local_fit import SmoothMaps, fitted
 from gengrad.networks.set_operator import SetOperator, determinant
 
 SMALL = {"width": 16, "tokens": 4, "heads": 2, "log_density": True}
@@ -202,15 +202,29 @@ def test_affine_maps_are_known_exactly_whatever_their_size_and_copies_count_once
 
 
 def test_few_points_are_not_enough_and_fail_nobody():
-    assert [[are_enough(cloud(n, d)) for n in (9, 10, 29, 30, 69, 70)] for d in (1, 2, 3)] == [
+    def enough(x):
+        return SmoothMaps.where_enough(x) is not None
+
+    assert [[enough(cloud(n, d)) for n in (99, 100, 299, 300, 699, 700)] for d in (1, 2, 3)] == [
         [False, True, True, True, True, True], [False, False, False, True, True, True], [False] * 5 + [True],
     ]  # fmt: skip
+    assert not enough(cloud(60, 2).repeat(10, 1)) and not enough(cloud(2000, 4))
     for few in (
         cloud(2, 2),
         cloud(5, 1),
         torch.cat([cloud(40, 1), torch.zeros(40, 1).double()], 1),
-    ):  # the last in line
+    ):
         assert jacobians(few, 1.1 * few).isfinite().all()
+
+
+@pytest.mark.parametrize("d, n", [(1, 100), (2, 300), (3, 700)])
+def test_from_enough_points_on_log_det_is_known(d, n):
+    """Of one wave across the cloud; the median, for the outermost of independent points are alone."""
+    x = cloud(n, d)
+    y = x + 0.15 * torch.sin(2 * x)
+    exact = (1 + 0.3 * torch.cos(2 * x)).log().sum(1)
+    off = torch.linalg.det(jacobians(x, y)).log() - exact
+    assert off.abs().median() < 0.15 * exact.std() and (torch.linalg.det(jacobians(x, y)) > 0).all()
 
 
 # ---------------------------------------------------------------- what a point sees of it

@@ -15,20 +15,16 @@ WELLS = {"name": "potential", "potential": {"name": "double_well", "height": 0.5
 ENTROPY = {"name": "entropy"}
 PLANE = {"name": "space", "dimension": 2}
 BOUND, FREE = ({"translation_equivariant": free} for free in (False, True))
+# on the line, for energies that are not the same everywhere: told log densities, of independent points too
+TOLD = {"network": {**BOUND, "log_density": True}, "train": {"steps": 3000, "grad_clip": 0.01}}
+INDEPENDENT = {"reuse": 4, "independent": 0.25}
 # case -> (config, changes of its sections)
 CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
-    "fokker_planck_1": (
-        "heat",
-        {
-            "network": {**BOUND, "log_density": True},
-            "method": {"functional": [QUADRATIC, ENTROPY], "reuse": 4, "independent": 0.25},
-            "train": {"steps": 3000, "grad_clip": 0.01},
-        },
-    ),
+    "fokker_planck_1": ("heat", {**TOLD, "method": {"functional": [QUADRATIC, ENTROPY], **INDEPENDENT}}),
     "double_well_1": (
         "heat",
-        {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}, "train": {"steps": 3000}},
+        {**TOLD, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}], **INDEPENDENT}},
     ),
     "fokker_planck_2": ("fokker_planck", {}),
     "double_well_2": (
@@ -61,6 +57,8 @@ CASES: dict[str, tuple[str, dict]] = {
 }
 SEVERAL = "diffusions_1"  # for a range of weights of its energy
 CASES[SEVERAL] = ("diffusions", {})
+ABLATED = "double_well_by_points_1"  # of which parts of the training are left out
+CASES[ABLATED] = ("heat", {"network": BOUND, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}]}})
 ABLATIONS: dict[str, dict] = {
     "full": {},
     "initial densities only": {"rollout": False},

@@ -52,7 +52,8 @@ from gengrad.config import read_config
 from gengrad.data.draws import draw
 from gengrad.evaluation.operators import judge_held_out, judge_source
 from gengrad.flows.implicit_steps import on_the_line
-from gengrad.flows.operator import OperatorTransport, operator_of
+from gengrad.flows.operator import operator_of
+from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.functionals.expression import has_pairs
 from gengrad.rollouts import independent_coordinates, more_components
 

@@ -26,7 +26,7 @@ from gengrad.evaluation.shards import Shards
 from gengrad.evaluation.transport import Reference, evaluate_transport, sampling_seeds, summary
 from gengrad.files import write_atomically, write_json
 from gengrad.flows.flow import Flow
-from gengrad.flows.operator import OperatorTransport
+from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.registry import DATASETS
 from gengrad.run import versions
 from gengrad.training.ranks import Ranks

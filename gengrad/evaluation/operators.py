@@ -19,7 +19,8 @@ from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.flow import Flow
 from gengrad.flows.implicit_steps import Reference, State
-from gengrad.flows.operator import Evolution, OperatorTransport, energies_of, operator_of
+from gengrad.flows.operator import Evolution, energies_of, operator_of
+from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.registry import FAMILIES
 
 NOTICED = 1e-3  # of the fall since the start: a rise that counts, where a rollout has come to rest

@@ -15,7 +15,7 @@ from gengrad.data.gaussians import Gaussian
 from gengrad.data.profiles import Barenblatt
 from gengrad.evaluation.truth import GaussianTruth, RadialTruth, truth_of_flow
 from gengrad.flows.implicit_steps import Reference, State, of_coordinates, of_one_member, of_the_cloud, on_the_line
-from gengrad.flows.operator import OperatorTransport
+from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.ot import bures_map
 
 

@@ -5,7 +5,8 @@ from gengrad.flows.flow import Flow, load
 from gengrad.flows.gradient import GradientTransport
 from gengrad.flows.metering import Samples
 from gengrad.flows.monotone import MonotoneTransport
-from gengrad.flows.operator import Evolution, OperatorTransport
+from gengrad.flows.operator import Evolution
+from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.flows.particles import ParticleFlow, particle_flow
 from gengrad.flows.phased import PhasedTransport
 from gengrad.flows.transports import PlanTransport, Transport, VelocityTransport

@@ -1,4 +1,4 @@
-"""Least squares over polynomials, without what its own scatter makes doubtful."""
+"""Polynomials of a cloud, and least squares without what its own scatter makes doubtful."""
 
 from __future__ import annotations
 
@@ -29,17 +29,34 @@ def shrunk(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(r, along[:, None], upper=True)[:, 0]
 
 
-def monomials(z: Tensor, degree: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of a polynomial of this degree at z (n, d), (n, terms), their gradients (n, terms, d) and Hessians."""
+def monomials(z: Tensor, degree: int, order: int = 2) -> list[Tensor]:
+    """The terms of a polynomial of this degree at z (n, d), (n, terms), and their derivatives up to this order.
+
+    Gradients (n, terms, d), and Hessians (n, terms, d, d).
+    """
     d, chosen = z.shape[-1], [(), *coefficients(z.shape[-1], degree)]
     powers = torch.tensor([[Counter(term)[a] for a in range(d)] for term in chosen], device=z.device)
     k = torch.arange(degree + 1, device=z.device)
-    factors = torch.ones_like(k), k, k * (k - 1)  # z^k and its derivatives
+    factors = (torch.ones_like(k), k, k * (k - 1))[: order + 1]  # z^k and its derivatives
     tables = [factor * z[..., None] ** (k - order).clamp_min(0) for order, factor in enumerate(factors)]
-    of = [[tables[order][:, a, powers[:, a]] for a in range(d)] for order in range(3)]
+    of = [[table[:, a, powers[:, a]] for a in range(d)] for table in tables]
 
     def term(*by: int) -> Tensor:
         return math.prod(of[by.count(a)][a] for a in range(d))
 
-    slopes = torch.stack([term(a) for a in range(d)], -1)
-    return term(), slopes, torch.stack([torch.stack([term(a, b) for b in range(d)], -1) for a in range(d)], -2)
+    found = [term()]
+    if order > 0:
+        found.append(torch.stack([term(a) for a in range(d)], -1))
+    if order > 1:
+        found.append(torch.stack([torch.stack([term(a, b) for b in range(d)], -1) for a in range(d)], -2))
+    return found
+
+
+def by_place(y: Tensor, most: int) -> Tensor:
+    """Numbers of at most so many of the points (n, d), spread over the cloud: chosen by where they are, not by their
+
+    order.
+    """
+    if len(y) <= most:
+        return torch.arange(len(y), device=y.device)
+    return y.sum(1).argsort()[torch.arange(most, device=y.device) * len(y) // most]

@@ -1,4 +1,4 @@
-"""A learned step corrected by one Newton step of its own optimality condition, where the density is known."""
+"""A learned step corrected by one Newton step of its own optimality condition."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gengrad.flows.least_squares import monomials, shrunk
+from gengrad.flows.least_squares import by_place, monomials
 from gengrad.functionals.base import Density, Functional, terms_of
 from gengrad.functionals.expression import gradient_of, has_pairs
+from gengrad.functionals.internal import InternalEnergy
 from gengrad.networks.set_operator import FOLD
 
 # how far E <score, y - m> / d may be from -1, and the entries of E score (y - m)' from those of -I, in standard errors
@@ -18,9 +19,9 @@ from gengrad.networks.set_operator import FOLD
 LOOSE, ERRORS, EXACT = 0.25, 5.0, 0.02
 # at most the way of a correction, of that of the step and of the cloud's scale: at rest all of a step is wrong
 FURTHEST, LITTLE = 0.5, 0.02
-MOST, PAIRED = 4096, 256  # particles whose condition is solved; where every one meets every other
-ENOUGH = 4  # particles for each term of a polynomial, at least
-NEAR = 1e-6  # of the way of a step, between the residuals whose differences are derivatives
+MOST, PAIRED = 4096, 256  # particles of which second derivatives are means; where every one meets every other
+ENOUGH = 40  # particles for each term of a polynomial, at least: those of high degrees are led by the outermost
+NEAR = 1e-6  # of the way of a step, between the gradients whose differences are derivatives
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Correction:
     def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """y + q and I + Dq, (n, d) and (n, d, d)."""
         z = (y - self.centre) / self.scale
-        values, slopes, _ = monomials(z.clamp(-self.reach, self.reach), self.degree)
+        values, slopes = monomials(z.clamp(-self.reach, self.reach), self.degree, 1)
         slopes = slopes * (z.abs() <= self.reach)[:, None] / self.scale
         return y + values @ self.coefficients, torch.eye(y.shape[-1]).to(y) + self.coefficients.mT @ slopes
 
@@ -64,11 +65,18 @@ class Correction:
 
 
 def is_corrected(functional: Functional) -> bool:
-    """Whether steps of this energy are to be corrected: where it has a density, and does not compare with samples, of
+    """Whether steps of this energy are to be corrected: where it does not compare with samples, of which some dozens of
 
-    which some dozens of gradients cost more than they are worth (a Sinkhorn divergence's are solved for).
+    gradients cost more than they are worth (a Sinkhorn divergence's are solved for).
     """
-    return functional.needs_density and not any(term.takes == "samples" for _, term in terms_of(functional))
+    return not any(term.takes == "samples" for _, term in terms_of(functional))
+
+
+def residual_of(functional: Functional, tau: float, x: Tensor, y: Tensor, density: Density | None) -> Tensor:
+    """(y - x) / tau + grad dF/drho'(y) (n, d), float64: zero at every particle where x -> y is the exact step."""
+    y = y.double()
+    density = density and Density(density.log.double(), density.score.double())
+    return (y - x) / tau + gradient_of(functional, y, density)
 
 
 def correction_of(
@@ -78,16 +86,20 @@ def correction_of(
 
         r = (y + q - x) / tau + grad dF/drho'(y + q) = 0,   rho' the density of y + q(y),
 
-    q a polynomial of at most this degree, ``ENOUGH`` particles to a term: the least squares of E |r + Dr q|^2, without
-    what is doubtful (``shrunk``). x, y = T x (n, d): the particles before and after; ``density``: log rho' and the
-    score at y, where F needs it, NaN where the map folds. None where q is not to be trusted.
+    tested by polynomials: H(q, p) = -E <r, p> for all polynomials p, q one of them, of at most this degree, ``ENOUGH``
+    particles to a term. x, y = T x (n, d): the particles before and after; ``density``: log rho' and the score at y,
+    where F needs it, NaN where the map folds. None where q is not to be trusted.
 
-    The condition is that of the minimum of J(T) = E |T x - x|^2 / (2 tau) + F(T_# rho). J over the particles has its
-    minimum elsewhere, for they are not the measure; but r is zero at every one of them, be they even or independent.
-    Dr follows the particles: of a change q, log rho' changes by -div q there, and the score s by -Dq' s - grad div q;
-    the rest by differences. There is no correction for a density with an edge, whose score inside says nothing of it
-    (E score (y - m)' is then not -I), where F cannot be taken of the particles, where affine maps have no minimum, and
-    where q would go far, or fold.
+    r is the gradient, and H the second derivative along y + q, of J = E |y - x|^2 / (2 tau) + F:
+
+        H(q, p) = E [ <q, p> / tau + <p, D(grad V) q> + (P' - P / rho') div q div p + P / rho' tr(Dq Dp) ],
+
+    V the potentials and interactions of F, P the pressure of its internal energies: these are integrated by parts, so
+    that no third derivative of the map is taken (for q = p displacement convexity: McCann 1997; a Galerkin method). J
+    over the particles has its minimum elsewhere, for they are not the measure; but r is zero at every one of them, be
+    they even or independent, and what is rough of it, of mean zero, moves nothing. There is no correction for a density
+    with an edge, whose score inside says nothing of it (E score (y - m)' is then not -I), where F cannot be taken of
+    the particles, and where H is not positive. Where q would go far, or fold, it is sought two degrees lower.
     """
     x, y = (v.detach().double() for v in (x, y))
     if density is not None:
@@ -106,22 +118,25 @@ def correction_of(
     centre = y.mean(0)
     scale = (y - centre).square().mean().sqrt()
     z = (y - centre) / scale
+    values, slopes = monomials(z, degree, 1)
     try:
-        residual = (y - x) / tau + gradient_of(functional, y, density)
-        rows, turns = _derivative(functional, tau, y, density, z, scale, degree, NEAR * way)
+        residual = residual_of(functional, tau, x, y, density)
+        bend = _second_derivative(functional, tau, y, density, values, slopes / scale, NEAR * way)
     except ValueError:  # as where particles coincide and an interaction is infinite
         return None
-    sizes = turns.norm(dim=0).clamp_min(1e-30)
-    if not bool(turns.isfinite().all() & residual.isfinite().all()):
-        return None
-    found = -shrunk(turns / sizes, residual[rows].flatten()) / sizes
-    found = Correction(found.view(-1, d), centre, scale, z.abs().amax(0))
-    affine = monomials(z[rows], 1)[0][:, :, None, None] * torch.eye(d).to(y)  # (n, 1 + d, d, d)
-    bend = affine.permute(0, 3, 1, 2).reshape(len(turns), -1).mT @ turns[:, : (1 + d) * d]
-    moved, jacobian = found(y)
-    near = (moved - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))
-    convex = torch.linalg.cholesky_ex(bend + bend.mT)[1] == 0
-    return found if near and bool(convex & (torch.linalg.det(jacobian) > FOLD).all()) else None
+    pull = (values.mT @ residual / n).flatten()
+    for k in range(degree, 0, -2):
+        count = math.comb(d + k, d)  # terms of low degrees come first
+        factor, failed = torch.linalg.cholesky_ex(bend[: count * d, : count * d])
+        if failed:
+            continue
+        solution = -torch.cholesky_solve(pull[: count * d, None], factor)
+        found = Correction(solution.view(-1, d), centre, scale, z.abs().amax(0))
+        moved, jacobian = found(y)
+        near = (moved - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))
+        if bool(near & (torch.linalg.det(jacobian) > FOLD).all()):  # not of what is not finite
+            return found
+    return None
 
 
 def _has_no_edge(y: Tensor, score: Tensor) -> bool:
@@ -133,32 +148,41 @@ def _has_no_edge(y: Tensor, score: Tensor) -> bool:
     return bool(loose and (off.abs() < (ERRORS * error).clamp_min(EXACT)).all())
 
 
-def _derivative(
-    functional: Functional, tau: float, y: Tensor, density: Density | None, z: Tensor, scale: Tensor, degree: int,
-    near: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Numbers (k,) of the particles that are taken, and by how much their residual changes with each coefficient of q,
+def _second_derivative(
+    functional: Functional, tau: float, y: Tensor, density: Density | None, values: Tensor, slopes: Tensor, near: float
+) -> Tensor:
+    """H (terms d, terms d) of terms with ``values`` (n, terms) and gradients ``slopes`` (n, terms, d) at y (n, d).
 
-    (k d, terms d). By some of the particles where there are many, chosen by their places, not by their order.
+    Means over some of the particles where there are many.
     """
-    pairs, most = has_pairs(functional), PAIRED if has_pairs(functional) else MOST
-    rows = torch.arange(len(y), device=y.device)
-    if len(y) > most:
-        rows = y.sum(1).argsort()[torch.arange(most, device=y.device) * len(y) // most]
-        y, z, density = y[rows], z[rows], density and Density(density.log[rows], density.score[rows])
-    values, slopes, bends = monomials(z, degree)
-    slopes, bends, (k, d) = slopes / scale, bends / scale**2, y.shape
-    # of the term t in coordinate i: the change of y, (t, i, k, d), and so on; the one that is none comes first
-    eye = torch.eye(d).to(y)
-    changes = [(values.mT[:, None, :, None] * eye[:, None]).flatten(0, 1)]
+    pairs = has_pairs(functional)
+    rows = by_place(y, PAIRED if pairs else MOST)
+    y, values, slopes = y[rows], values[rows], slopes[rows]
+    density = density and Density(density.log[rows], density.score[rows])
+    (n, terms), d = values.shape, y.shape[1]
+    eye, start = torch.eye(d).to(y), gradient_of(functional, y, density)
+
+    def turned(by: Tensor) -> Tensor:
+        """D(grad V) by (n, d); what the density is made of cancels."""
+        return (gradient_of(functional, y + near * by, density) - start) / near
+
+    def block(a: int, b: int) -> Tensor:
+        """The terms along a as p, and along b as q, (terms, terms)."""
+        found = values.mT @ (eye[a, b] / tau * values)
+        found += values.mT @ (turns[b][:, :, a] if pairs else turns[b][:, a, None] * values)
+        if density is not None:
+            found += slopes[:, :, b].mT @ (pressure * slopes[:, :, a])
+            found += slopes[:, :, a].mT @ ((slope - pressure) * slopes[:, :, b])
+        return found / n
+
+    if pairs:  # the pull on each particle changes with all of them
+        turns = [torch.stack([turned(value[:, None] * axis) for value in values.mT], 1) for axis in eye]
+    else:
+        turns = [turned(axis.expand_as(y)) for axis in eye]
     if density is not None:
-        changes.append(-slopes.permute(1, 2, 0).flatten(0, 1))
-        turned = slopes.transpose(0, 1)[:, None] * density.score.mT[:, :, None] + bends.permute(1, 2, 0, 3)
-        changes.append(-turned.flatten(0, 1))
-    given = [y] if density is None else [y, density.log, density.score]
-    moved = [v + near * torch.cat([torch.zeros_like(c[:1]), c]) for v, c in zip(given, changes)]
-    clouds = zip(*moved) if pairs else [[v.flatten(0, 1) for v in moved]]  # by itself each particle, or each cloud
-    gradients = torch.cat([gradient_of(functional, v[0], Density(*v[1:]) if v[1:] else None) for v in clouds])
-    gradients = gradients.view(-1, k, d)
-    turns = (gradients[1:] - gradients[:1]) / near + changes[0] / tau
-    return rows, turns.flatten(1).mT
+        internal = [(weight, term) for weight, term in terms_of(functional) if isinstance(term, InternalEnergy)]
+        pressure = sum(weight * term.pressure(density.log) for weight, term in internal)[:, None]
+        slope = sum(weight * term.slope(density.log) for weight, term in internal)[:, None]
+    found = torch.stack([torch.stack([block(a, b) for b in range(d)], -1) for a in range(d)], 1)
+    found = found.reshape(terms * d, terms * d)
+    return (found + found.mT) / 2

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from gengrad.flows.least_squares import monomials, shrunk
+from gengrad.flows.least_squares import by_place, monomials, shrunk
 from gengrad.networks.local_fit import SmoothMaps
 
 CENTRES, DEGREE = 100, 3  # of the bumps, and the degree of the polynomials, of which stream functions are made
@@ -42,7 +42,7 @@ def circulation(maps: SmoothMaps, x: Tensor, y: Tensor, score: Tensor, hessian: 
     scale = (y - centre).square().mean().sqrt()
     z = (y - centre) / scale
     bumps, width = _spread(z, min(CENTRES, n // FEW))
-    rows = y.sum(1).argsort()[torch.arange(min(n, MOST), device=y.device) * n // min(n, MOST)]
+    rows = by_place(y, MOST)
     jacobian, pairs = maps.jacobians(x, y)[rows], list(combinations(range(d), 2))
     fields, derivatives = _fields(z[rows], scale, bumps, width, score[rows], hessian[rows])
     turned = derivatives @ jacobian[:, None]
@@ -53,32 +53,43 @@ def circulation(maps: SmoothMaps, x: Tensor, y: Tensor, score: Tensor, hessian: 
         return None
     coefficients = -shrunk(twist / sizes, own) / sizes
     tile = max(1, TILE // fields[0].numel())
-    parts = zip(z.split(tile), score.split(tile), hessian.split(tile))
-    found = torch.cat([coefficients @ _fields(some, scale, bumps, width, s, h)[0] for some, s, h in parts])
+    parts = zip(z.split(tile), score.split(tile))
+    found = torch.cat([coefficients @ _fields(some, scale, bumps, width, s)[0] for some, s in parts])
     return found if bool(found.square().mean().sqrt() <= FURTHEST * (y - x).square().mean().sqrt()) else None
 
 
 def _fields(
-    z: Tensor, scale: Tensor, centres: Tensor, width: float, score: Tensor, hessian: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fields that move the measure within itself, (n, fields, d), and their derivatives (n, fields, d, d)."""
+    z: Tensor, scale: Tensor, centres: Tensor, width: float, score: Tensor, hessian: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Fields that move the measure within itself, (n, fields, d), and with the ``hessian`` of log rho' (n, d, d) their
+
+    derivatives (n, fields, d, d).
+    """
     d = z.shape[-1]
     away = (z[:, None] - centres) / width
     bump = (-away.square().sum(-1) / 2).exp()[..., None]
-    bend = bump[..., None] * (away[..., :, None] * away[..., None, :] - torch.eye(d).to(z))
-    values, slopes, bends = monomials(z, DEGREE)
+    values, slopes, *bends = monomials(z, DEGREE, 1 if hessian is None else 2)
     psi = torch.cat([values, bump[..., 0]], 1)
     slope = torch.cat([slopes, -bump * away / width], 1) / scale
-    bend = torch.cat([bends, bend / width**2], 1) / scale**2
-    flow = slope + psi[..., None] * score[:, None]
+    fields = _turned(slope + psi[..., None] * score[:, None])
+    if hessian is None:
+        return fields, None
+    bend = bump[..., None] * (away[..., :, None] * away[..., None, :] - torch.eye(d).to(z))
+    bend = torch.cat([*bends, bend / width**2], 1) / scale**2
     turn = bend + score[:, None, :, None] * slope[:, :, None, :] + psi[..., None, None] * hessian[:, None]
-    fields, derivatives = [], []
-    for a, b in combinations(range(d), 2):
-        fields.append(torch.zeros_like(flow))
-        derivatives.append(torch.zeros_like(turn))
-        fields[-1][..., a], fields[-1][..., b] = flow[..., b], -flow[..., a]
-        derivatives[-1][..., a, :], derivatives[-1][..., b, :] = turn[..., b, :], -turn[..., a, :]
-    return torch.cat(fields, 1), torch.cat(derivatives, 1)
+    return fields, _turned(turn)
+
+
+def _turned(flow: Tensor) -> Tensor:
+    """For each plane a < b: what is along b goes to a, and less what is along a to b; (n, psi, d, ...) to (n, psi of
+
+    all planes, d, ...).
+    """
+    found = []
+    for a, b in combinations(range(flow.shape[2]), 2):
+        found.append(torch.zeros_like(flow))
+        found[-1][:, :, a], found[-1][:, :, b] = flow[:, :, b], -flow[:, :, a]
+    return torch.cat(found, 1)
 
 
 def _spread(z: Tensor, count: int) -> tuple[Tensor, float]:

@@ -49,9 +49,9 @@ class JKOOperator(Method):
         seen: int | None = Field(None, ge=4)  # particles of the context; none: as many
         # particles of the loss are drawn from Gaussians so many times as wide, and weighed: so tails are learned
         tails: float = Field(1.5, ge=1)
-        # steps of which log densities are known are corrected, by polynomials of this degree and by what circulates; 0
-        # for neither. It is no part of the training
-        correction: int = Field(5, ge=0, le=6)
+        # steps are corrected by polynomials of at most this degree and by what circulates, those of energies with a
+        # density where log densities are known; 0: not at all. It is no part of the training
+        correction: int = Field(7, ge=0, le=9)
         anchors: int = Field(1024, ge=4)  # particles of the source that the flow's samples follow
         buffer: int = Field(128, ge=1)  # states that the operator has moved; 0 ages where rollout is false
         fresh: float = Field(0.25, ge=0, le=1)  # least share of initial measures in a batch

@@ -13,7 +13,7 @@ from gengrad.data.base import Distribution
 from gengrad.data.draws import Shuffle
 from gengrad.flows.density_cloud import Cloud, pushed_density
 from gengrad.flows.gradient import GradientTransport
-from gengrad.flows.operator import OperatorTransport
+from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Density, Functional, terms_of
 from gengrad.functionals.expression import gradient_of, has_pairs

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gengrad.flows.flow import load
-from gengrad.flows.operator import OperatorTransport, operator_of, push
+from gengrad.flows.operator import operator_of
+from gengrad.flows.operator_transport import OperatorTransport, push
 from gengrad.registry import Settings
 
 SEEN = 4096  # particles of the cloud that the operator sees

@@ -12,8 +12,9 @@ from gengrad.data.draws import generator_for
 from gengrad.data.families import clouds
 from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.newton_correction import is_corrected
-from gengrad.flows.operator import OperatorTransport, anchored, energies_of, push
+from gengrad.flows.operator import energies_of
 from gengrad.flows.operator_family import family_of
+from gengrad.flows.operator_transport import OperatorTransport, anchored, push
 from gengrad.flows.transports import Transport
 from gengrad.functionals.base import Functional
 from gengrad.functionals.expression import build_expression, has_pairs, reweighted, takes

@@ -15,7 +15,7 @@ from gengrad.data.draws import generator_for
 from gengrad.evaluation.operators import judge_rollout
 from gengrad.evaluation.references import reference_of
 from gengrad.flows.density_cloud import matched
-from gengrad.flows.operator import push
+from gengrad.flows.operator_transport import push
 from gengrad.functionals import Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.methods import JKOOperator, Part, Problem
 from gengrad.methods.jko_affine import JKOProblem

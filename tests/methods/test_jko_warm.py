@@ -8,7 +8,7 @@ from gengrad.cli import main
 from gengrad.data import Gaussian, GaussianMixture
 from gengrad.data.space import Space
 from gengrad.flows import Flow, OperatorTransport
-from gengrad.flows.operator import push
+from gengrad.flows.operator_transport import push
 from gengrad.functionals.expression import read_expression
 from gengrad.methods import JKOICNN, Problem
 from gengrad.methods.jko_warm import fitted, objections, told_for

@@ -58,6 +58,7 @@ from gengrad.functionals.expression import has_pairs
 from gengrad.rollouts import independent_coordinates, more_components
 
 ROLLOUTS = 32
+DEGREES = {"heat_1": (0, 3, 5, 7), "fokker_planck_2": (0, 3, 5)}  # in the plane 1,024 points allow no more
 SOURCE = {"name": "gaussian_mixture", "means": [[-1.0], [1.0]], "scales": [0.5, 0.4]}  # of the parts speed and warm
 
 
@@ -223,8 +224,8 @@ def cells(given: argparse.Namespace) -> dict[str, Callable[[], dict]]:
             for case in list(CASES)[:1] if given.quick else (c for c in CASES if c not in (SEVERAL, ABLATED)):
                 found[f"accuracy/{case}/{seed}"] = lambda c=case, s=seed: accuracy(c, s, given)
         if "correction" in given.parts:
-            for case in ("heat_1",) if given.quick else ("heat_1", "fokker_planck_2"):
-                for degree in (0, 3, 5):
+            for case, degrees in list(DEGREES.items())[:1] if given.quick else DEGREES.items():
+                for degree in degrees:
                     found[f"correction/{case}, degree {degree}/{seed}"] = lambda c=case, k=degree, s=seed: correction(
                         c, k, s, given
                     )

@@ -18,10 +18,14 @@ BOUND, FREE = ({"translation_equivariant": free} for free in (False, True))
 # on the line, for energies that are not the same everywhere: told log densities, of independent points too
 TOLD = {"network": {**BOUND, "log_density": True}, "train": {"steps": 3000, "grad_clip": 0.01}}
 INDEPENDENT = {"reuse": 4, "independent": 0.25}
+WIDER = ["gaussians", {"name": "mixtures", "reach": 1.0, "smallest": 0.4}, {"name": "mixtures", "smallest": 0.3}]
 # case -> (config, changes of its sections)
 CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
-    "fokker_planck_1": ("heat", {**TOLD, "method": {"functional": [QUADRATIC, ENTROPY], **INDEPENDENT}}),
+    "fokker_planck_1": (
+        "heat",
+        {**TOLD, "method": {"functional": [QUADRATIC, ENTROPY], **INDEPENDENT, "initial": WIDER}},
+    ),
     "double_well_1": (
         "heat",
         {**TOLD, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}], **INDEPENDENT}},
@@ -41,15 +45,7 @@ CASES: dict[str, tuple[str, dict]] = {
         {
             "source": {"name": "ball", "dimension": 2},
             "data": PLANE,
-            "method": {
-                "particles": 512,
-                "initial": [
-                    {"name": "barenblatts", "reach": 0.5, "m": 3.0},
-                    {"name": "gaussians", "reach": 0.5},
-                    {"name": "boxes", "reach": 0.5},
-                ],
-            },
-            "train": {"steps": 8000},
+            "method": {"particles": 512},
         },
     ),
     "attraction_repulsion_2": ("attraction_repulsion", {}),

@@ -21,7 +21,7 @@ from gengrad.networks.set_operator import FOLD, determinant
 from gengrad.registry import DATASETS, NETWORKS, settings_of
 
 SETTINGS = ("tau", "terms", "data", "family", "taus", "weights", "correction")  # of a transport, plain data
-DOUBTED = 0.5  # of a step's way, times 1 / tau: of steps a tenth off the residual is less
+DOUBTED = 1.0  # of a step's way, times 1 / tau: a residual that a step has which is by far too short, or rough
 UNKNOWN = -1e30  # stands for a log density that is not known, where only finite numbers are stored
 
 

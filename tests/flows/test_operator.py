@@ -428,8 +428,8 @@ def test_where_log_densities_mislead_the_network_the_points_alone_move_it():
     assert known[0].isnan().all() and torch.allclose(points[1], x + 0.09 * away, atol=1e-5)
     moved, logs, *_ = made.moved(x, source.log_density(x))
     assert torch.allclose(moved, x + 0.09 * away, atol=1e-5) and logs.isfinite().all()
-    for told, blind, taken in ((-20.0, -20.0, -20.0), (10.0, 0.9, 0.9), (10.0, 12.0, 10.0), (0.8, 0.9, 0.8)):
-        with torch.no_grad():  # both fold; one is far off; both are; one is nearly right
+    for told, blind, taken in ((-20.0, -20.0, -20.0), (0.1, 0.9, 0.9), (0.1, 12.0, 0.1), (0.8, 0.9, 0.8)):
+        with torch.no_grad():  # both fold; one is far too short; both are wrong; one is nearly right
             network.affine.bias[0], network.blind.affine.bias[0] = told, blind
         moved, logs, _, by = made.moved(x, source.log_density(x))
         assert torch.allclose(moved, x + taken * TAU * away, atol=1e-5) and bool(logs.isnan().all()) == (told < 0)

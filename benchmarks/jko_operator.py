@@ -18,7 +18,8 @@ points of these; steps of energies with a density are corrected by log densities
 them, but for ``untold`` (the same products, or the training's families, by the points alone). References
 (``evaluation/references.py``): on the line all of them, for energies of particles the step of the very cloud, in the
 plane Gaussians, profiles and products. ``fell``: share of all these rollouts in which the energy fell in every step.
-correction: shares and gaps of 8 held-out rollouts of each kind with corrections of several degrees, 0 for none.
+correction: shares and gaps of 8 held-out rollouts of each kind with corrections of several degrees, 0 for none, and
+CPU-seconds of one step of 1,024 points.
 weights: held-out measures for the operator of a range of diffusions, at both ends of the range and at its own weight.
 ablation: the same measures for operators trained without one part of the method at equal updates, their steps as the
 networks make them, without correction; ``along``: the mean share and the mean gap over 32 held-out measures, step by
@@ -115,7 +116,8 @@ def correction(case: str, degree: int, seed: int, given: argparse.Namespace) -> 
         held = judge_held_out(flow, families, steps, count=count, n=1024, seed=seed + 1, even=even)
         found |= {f"{name}_{key}": held[key] for key in ("gap", "share") if key in held}
         found |= {f"{name}_first_{key}": held[f"{key}_along"][0] for key in ("gap", "share") if key in held}
-    return found
+    x = draw(flow.source, 0, 1024, 1, "source")
+    return found | {"seconds": seconds_of(flow.float(), x, flow.source, 2 if given.quick else 10)}
 
 
 def several(seed: int, given: argparse.Namespace) -> dict:
@@ -171,6 +173,16 @@ def pushed(flow: gengrad.Flow) -> Callable:
     return flow.transports[0].double().push
 
 
+def seconds_of(flow: gengrad.Flow, cloud: torch.Tensor, log_density: object, count: int) -> float:
+    """CPU-seconds of a step, the median of so many."""
+    times = []
+    for _ in range(count):
+        started = time.process_time()
+        flow.step(cloud, log_density=log_density)
+        times.append(time.process_time() - started)
+    return statistics.median(times)
+
+
 def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
     flow, cpu = trained(config_of(case, seed, given.steps), given.runs / f"{case}_{seed}")
     method, operator, found = flow.info["config"]["method"], operator_of(flow), {"training_cpu": cpu}
@@ -181,12 +193,8 @@ def speed(case: str, seed: int, given: argparse.Namespace) -> dict:
     flow = flow.float()
     ways = (("seconds", x, None), ("batch_seconds", x.expand(16, -1, -1).contiguous(), None), ("told_seconds", x, law))
     for name, cloud, log_density in ways:
-        times = []
-        for _ in range(5 if given.quick else 30):
-            started = time.process_time()
-            flow.step(cloud, log_density=log_density)
-            times.append(time.process_time() - started)
-        found[name] = statistics.median(times) / (len(cloud) if cloud.dim() == 3 else 1)
+        seconds = seconds_of(flow, cloud, log_density, 5 if given.quick else 30)
+        found[name] = seconds / (len(cloud) if cloud.dim() == 3 else 1)
     for steps in (4,) if given.quick else (50, 200, 800):
         with tempfile.TemporaryDirectory() as folder:
             solver, seconds = per_step(steps, method, folder)

@@ -18,7 +18,7 @@ from gengrad.networks.set_operator import FOLD
 # or outright: beyond that the density has an edge, or its score was not found
 LOOSE, ERRORS, EXACT = 0.25, 5.0, 0.02
 # at most the way of a correction, of that of the step and of the cloud's scale: at rest all of a step is wrong
-FURTHEST, LITTLE = 0.5, 0.02
+FURTHEST, LITTLE = 2.0, 0.02
 MOST, PAIRED = 4096, 256  # particles of which second derivatives are means; where every one meets every other
 ENOUGH = 40  # particles for each term of a polynomial, at least: those of high degrees are led by the outermost
 NEAR = 1e-6  # of the way of a step, between the gradients whose differences are derivatives

@@ -189,7 +189,8 @@ def push(
     Of the particles themselves, where they are enough, DT is that of the smooth map that brings x to T x
     (``SmoothMaps``; ``maps``, where those of a cloud are at hand): each of them is at the middle of its own kernels,
     where T is bent by these as it is nowhere else, and the outermost, farther from each other than kernels are wide,
-    would carry densities of their places alone.
+    would carry densities of their places alone. But where that map folds, DT is the network's own,
+    if ``maps`` are given.
     """
     own = particles is None or particles is x
     context = network.context(*(x, tau, weights, log_rho) if particles is None else (particles, tau, weights, known))
@@ -201,6 +202,9 @@ def push(
         moved = network(x, context)
         found = [each.jacobians(*cloud) for each, *cloud in zip(every, clouds, moved.view_as(clouds))]
         jacobian = torch.stack(found).view(*x.shape, x.shape[-1])
+        folded = determinant(jacobian) <= FOLD
+        if maps and folded.any():  # neighbours on one side can lead a quartic astray; in training a fold is dropped
+            jacobian[folded] = network(x, context, jacobian=True)[1].to(jacobian)[folded]
     else:
         moved, jacobian = network(x, context, jacobian=True)
     return moved, log_rho - determinant(jacobian).log().to(log_rho)

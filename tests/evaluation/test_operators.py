@@ -65,6 +65,7 @@ def test_a_rollout_that_is_not_told_goes_by_its_points():
     operator.network = SetOperator(event_shape=(1,), width=8, tokens=2, heads=2, blocks=1, log_density=True).double()
     with torch.no_grad():
         operator.network.affine.weight.normal_(0, 0.1), operator.network.affine.bias.normal_(0, 0.1)
+        operator.network.blind.affine.bias.fill_(3.0)  # by the points alone: far off
     x = source.sample(128, torch.Generator().manual_seed(0)).double()
     log_rho = source.log_density(x)
     told, untold = (judge_rollout(operator, x, log_rho, 1, told=given)[0]["energy"] for given in (True, False))
@@ -153,6 +154,15 @@ def test_a_rollout_that_folds_is_counted_and_has_no_gap():
     families = read_families({"name": "gaussians", "reach": 0.0, "smallest": 1.0, "largest": 1.0})
     found = judge_held_out(flow, families, 1, count=2, n=64, seed=0)
     assert found["folded"] == 1 and found["fell"] == 0 and found["referenced"] == 0 and "gap" not in found
+
+
+def test_where_exact_steps_raise_the_energy_of_a_noisy_cloud_there_is_no_gap():
+    """64 draws of N(0, 1.05^2) on their way to N(0, 1): of those of less variance than 1 the energy rises."""
+    terms = read_expression([{"name": "potential", "potential": {"name": "quadratic"}}, {"name": "entropy"}])
+    flow = Flow(Gaussian(mean=[0.0]), [heat(slope=0.0, terms=terms).float()])  # stays where it is: all of the fall
+    families = read_families({"name": "gaussians", "reach": 0.0, "smallest": 1.05, "largest": 1.05})
+    found = judge_held_out(flow, families, 1, count=8, n=64, seed=0, even=False)
+    assert found["referenced"] == 8 and found["gap"] == found["worst_gap"] == pytest.approx(1)
 
 
 def test_held_out_gaussians_of_the_plane_are_judged_against_their_closed_form():

@@ -436,6 +436,25 @@ def test_where_log_densities_mislead_the_network_the_points_alone_move_it():
         assert (by is None) == (taken != told)
 
 
+def test_where_the_smooth_map_folds_densities_go_by_the_networks_own_derivative(monkeypatch):
+    """As of an outermost point, whose neighbours lie on one side of it: no fold of the network's."""
+    flow, x = operator_flow(), cloud(400)
+    log_rho, plain, transport = flow.source.log_density(x), SmoothMaps.jacobians, flow.transports[0]
+    found = transport.moved(x, log_rho).log_rho
+
+    def folded(self, x, y):
+        jacobian = plain(self, x, y)
+        jacobian[3, 0] = -jacobian[3, 0]
+        return jacobian
+
+    monkeypatch.setattr(SmoothMaps, "jacobians", folded)
+    logs = transport.moved(x, log_rho).log_rho
+    own = push(transport.network, x, TAU, log_rho, particles=x.clone())[1]
+    others = torch.arange(400) != 3
+    assert torch.equal(logs[others], found[others]) and logs[3] == pytest.approx(float(own[3]), abs=1e-6)
+    assert push(transport.network, x, TAU, log_rho)[1][3].isnan()  # in training, where such states are left
+
+
 BOWL = {"name": "potential", "weight": 0.1, "potential": {"name": "quadratic"}}
 SPRINGS = {"name": "interaction", "weight": 0.1, "attraction": 2.0, "repulsion": None}
 

@@ -32,13 +32,16 @@ class InternalEnergy(Functional):
     def slope(self, log_density: Tensor) -> Tensor:
         """r f''(r), the factor between the score and grad f'(rho), (n,) -> (n,)."""
 
-    @abstractmethod
     def pressure(self, log_density: Tensor) -> Tensor:
-        """p(r) / r = f'(r) - f(r) / r, the pressure for a unit of mass, (n,) -> (n,); p'(r) = ``slope``.
+        """p(r) / r = f'(r) - f(r) / r, the pressure for a unit of mass, (n,) -> (n,): the slope of f(r) / r in log r.
 
         The multiplier of -d log det in the derivative of F, and part of its second one, along y + t q:
-        E[(p' - p / r) (div q)^2 + p / r tr (Dq)^2].
+        E[(p' - p / r) (div q)^2 + p / r tr (Dq)^2], where p'(r) is ``slope``.
         """
+        leaf = log_density.detach().requires_grad_(True)
+        with torch.enable_grad():
+            value = self.per_particle(leaf).sum()
+        return torch.autograd.grad(value, leaf)[0]
 
     def value(self, x: Tensor, density: Density | None = None) -> Tensor:
         return self.per_particle(self._given(density).log).mean()
@@ -74,9 +77,6 @@ class Entropy(InternalEnergy):
     def slope(self, log_density: Tensor) -> Tensor:
         return torch.ones_like(log_density)
 
-    def pressure(self, log_density: Tensor) -> Tensor:
-        return torch.ones_like(log_density)
-
 
 @FUNCTIONALS.register("power_entropy")
 class PowerEntropy(InternalEnergy):
@@ -95,9 +95,6 @@ class PowerEntropy(InternalEnergy):
     def slope(self, log_density: Tensor) -> Tensor:
         m = self.config.m
         return m * ((m - 1) * log_density).exp()
-
-    def pressure(self, log_density: Tensor) -> Tensor:
-        return ((self.config.m - 1) * log_density).exp()
 
 
 @FUNCTIONALS.register("kl")

@@ -180,9 +180,11 @@ def _second_derivative(
     else:
         turns = [turned(axis.expand_as(y)) for axis in eye]
     if density is not None:
-        internal = [(weight, term) for weight, term in terms_of(functional) if isinstance(term, InternalEnergy)]
-        pressure = sum(weight * term.pressure(density.log) for weight, term in internal)[:, None]
-        slope = sum(weight * term.slope(density.log) for weight, term in internal)[:, None]
+        pressure = slope = torch.zeros_like(density.log)[:, None]
+        for weight, term in terms_of(functional):
+            if isinstance(term, InternalEnergy):
+                pressure = pressure + weight * term.pressure(density.log)[:, None]
+                slope = slope + weight * term.slope(density.log)[:, None]
     found = torch.stack([torch.stack([block(a, b) for b in range(d)], -1) for a in range(d)], 1)
     found = found.reshape(terms * d, terms * d)
     return (found + found.mT) / 2

@@ -202,6 +202,21 @@ def test_the_second_derivative_of_pairs_too():
     assert c.flatten() @ found @ c.flatten() == pytest.approx(float(exact), rel=1e-5)
 
 
+def test_a_users_energy_of_a_density_that_is_no_internal_energy_is_corrected_by_the_cost_of_the_way():
+    class Leaning(PotentialEnergy):
+        needs_density = True
+
+        def value(self, x, density=None):
+            return super().value(x)
+
+        def velocity(self, x, memory=None, density=None):
+            return super().velocity(x, memory)
+
+    x, y, log_rho, score, _ = heat_step(0.7)
+    found = correction_of(Leaning(lambda x: x.square().sum(-1) / 2), TAU, x, y, Density(log_rho, score), 1)
+    assert torch.allclose(found(y)[0], x / (1 + TAU), atol=1e-6)
+
+
 def test_which_energies_are_corrected():
     assert is_corrected(InteractionEnergy() + Entropy())
     assert is_corrected(InteractionEnergy())

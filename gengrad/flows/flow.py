@@ -228,8 +228,9 @@ class Flow(nn.Module):
         """One step of the learned operator on a cloud (n, d), or on each of many (clouds, n, d), of any n.
 
         ``tau``, ``weights`` of the energy's terms by their names: where it was trained for several. ``log_density``:
-        log rho at the points (..., n), or what has ``log_density(x)``; steps are then corrected towards the optimal
-        map that solves the step's condition, and networks that take it know the measure better.
+        log rho at the points (..., n), or what has ``log_density(x)``; steps of energies that need a density are
+        then corrected towards the optimal map that solves the step's condition, as those of other energies are without,
+        and networks that take it know the measure better.
         """
         return operator.step(self, points, tau, weights, log_density)
 

@@ -55,8 +55,8 @@ def monomials(z: Tensor, degree: int, order: int = 2) -> list[Tensor]:
 def by_place(y: Tensor, most: int) -> Tensor:
     """Numbers of at most so many of the points (n, d), spread over the cloud: chosen by where they are, not by their
 
-    order.
+    order, but for those of one coordinate sum.
     """
     if len(y) <= most:
         return torch.arange(len(y), device=y.device)
-    return y.sum(1).argsort()[torch.arange(most, device=y.device) * len(y) // most]
+    return y.sum(1).argsort(stable=True)[torch.arange(most, device=y.device) * len(y) // most]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gengrad.flows.least_squares import by_place, monomials
-from gengrad.functionals.base import Density, Functional, terms_of
+from gengrad.functionals.base import Density, Functional, Sum, terms_of
 from gengrad.functionals.expression import gradient_of, has_pairs
 from gengrad.functionals.internal import InternalEnergy
 from gengrad.networks.set_operator import FOLD
@@ -36,12 +38,20 @@ class Correction:
     scale: Tensor
     reach: Tensor
 
-    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y + q and I + Dq, (n, d) and (n, d, d)."""
+    def __call__(self, y: Tensor) -> Tensor:
+        """y + q, (n, d)."""
+        return y + monomials(self._inside(y)[0], self.degree, 0)[0] @ self.coefficients
+
+    def jacobian(self, y: Tensor) -> Tensor:
+        """I + Dq, (n, d, d)."""
+        z, inside = self._inside(y)
+        slopes = monomials(z, self.degree, 1)[1] * inside[:, None] / self.scale
+        return torch.eye(y.shape[-1]).to(y) + self.coefficients.mT @ slopes
+
+    def _inside(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) held within the reach, and which of it was there."""
         z = (y - self.centre) / self.scale
-        values, slopes = monomials(z.clamp(-self.reach, self.reach), self.degree, 1)
-        slopes = slopes * (z.abs() <= self.reach)[:, None] / self.scale
-        return y + values @ self.coefficients, torch.eye(y.shape[-1]).to(y) + self.coefficients.mT @ slopes
+        return z.clamp(-self.reach, self.reach), z.abs() <= self.reach
 
     @property
     def degree(self) -> int:
@@ -65,11 +75,15 @@ class Correction:
 
 
 def is_corrected(functional: Functional) -> bool:
-    """Whether steps of this energy are to be corrected: where it does not compare with samples, of which some dozens of
+    """Whether steps of this energy are to be corrected.
 
-    gradients cost more than they are worth (a Sinkhorn divergence's are solved for).
+    Not where it compares with samples, of which some dozens of gradients cost more than they are worth (a Sinkhorn
+    divergence's are solved for), nor where a density is in it whose second derivative is not known: internal energies'
+    is.
     """
-    return not any(term.takes == "samples" for _, term in terms_of(functional))
+    every = [term for _, term in terms_of(functional)]
+    known = all(isinstance(term, InternalEnergy) or not term.needs_density for term in every)
+    return known and not any(term.takes == "samples" for term in every)
 
 
 def residual_of(functional: Functional, tau: float, x: Tensor, y: Tensor, density: Density | None) -> Tensor:
@@ -99,7 +113,8 @@ def correction_of(
     over the particles has its minimum elsewhere, for they are not the measure; but r is zero at every one of them, be
     they even or independent, and what is rough of it, of mean zero, moves nothing. There is no correction for a density
     with an edge, whose score inside says nothing of it (E score (y - m)' is then not -I), where F cannot be taken of
-    the particles, and where H is not positive. Where q would go far, or fold, it is sought two degrees lower.
+    the particles. Where H is not positive, q would go far, or fold, it is sought two degrees lower, at last of affine
+    maps.
     """
     x, y = (v.detach().double() for v in (x, y))
     if density is not None:
@@ -118,23 +133,21 @@ def correction_of(
     centre = y.mean(0)
     scale = (y - centre).square().mean().sqrt()
     z = (y - centre) / scale
-    values, slopes = monomials(z, degree, 1)
     try:
         residual = residual_of(functional, tau, x, y, density)
-        bend = _second_derivative(functional, tau, y, density, values, slopes / scale, NEAR * way)
+        bend = _second_derivative(functional, tau, y, density, Polynomials(z, scale, degree), NEAR * way)
     except ValueError:  # as where particles coincide and an interaction is infinite
         return None
-    pull = (values.mT @ residual / n).flatten()
-    for k in range(degree, 0, -2):
+    pull = (monomials(z, degree, 0)[0].mT @ residual / n).flatten()
+    for k in [*range(degree, 1, -2), 1]:
         count = math.comb(d + k, d)  # terms of low degrees come first
         factor, failed = torch.linalg.cholesky_ex(bend[: count * d, : count * d])
         if failed:
             continue
         solution = -torch.cholesky_solve(pull[: count * d, None], factor)
         found = Correction(solution.view(-1, d), centre, scale, z.abs().amax(0))
-        moved, jacobian = found(y)
-        near = (moved - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))
-        if bool(near & (torch.linalg.det(jacobian) > FOLD).all()):  # not of what is not finite
+        near = (found(y) - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))
+        if bool(near & (torch.linalg.det(found.jacobian(y)) > FOLD).all()):  # not of what is not finite
             return found
     return None
 
@@ -148,43 +161,59 @@ def _has_no_edge(y: Tensor, score: Tensor) -> bool:
     return bool(loose and (off.abs() < (ERRORS * error).clamp_min(EXACT)).all())
 
 
+class Polynomials(NamedTuple):
+    """The terms of a polynomial of z = (y - centre) / ``scale``, as functions of y."""
+
+    z: Tensor
+    scale: Tensor
+    degree: int
+
+    def values(self, rows: Tensor) -> Tensor:
+        """(rows, terms)."""
+        return monomials(self.z[rows], self.degree, 0)[0]
+
+    def slopes(self, rows: Tensor) -> Tensor:
+        """(rows, terms, d)."""
+        return monomials(self.z[rows], self.degree, 1)[1] / self.scale
+
+
 def _second_derivative(
-    functional: Functional, tau: float, y: Tensor, density: Density | None, values: Tensor, slopes: Tensor, near: float
+    functional: Functional, tau: float, y: Tensor, density: Density | None, terms: Polynomials, near: float
 ) -> Tensor:
-    """H (terms d, terms d) of terms with ``values`` (n, terms) and gradients ``slopes`` (n, terms, d) at y (n, d).
+    """H (terms d, terms d) of polynomials at y (n, d), a mean over at most ``MOST`` of the particles; of energies of
 
-    Means over some of the particles where there are many.
+    pairs, which take a gradient for each term, over ``PAIRED``: they are small beside the cost of the way.
     """
-    pairs = has_pairs(functional)
-    rows = by_place(y, PAIRED if pairs else MOST)
-    y, values, slopes = y[rows], values[rows], slopes[rows]
-    density = density and Density(density.log[rows], density.score[rows])
-    (n, terms), d = values.shape, y.shape[1]
-    eye, start = torch.eye(d).to(y), gradient_of(functional, y, density)
-
-    def turned(by: Tensor) -> Tensor:
-        """D(grad V) by (n, d); what the density is made of cancels."""
-        return (gradient_of(functional, y + near * by, density) - start) / near
-
-    def block(a: int, b: int) -> Tensor:
-        """The terms along a as p, and along b as q, (terms, terms)."""
-        found = values.mT @ (eye[a, b] / tau * values)
-        found += values.mT @ (turns[b][:, :, a] if pairs else turns[b][:, a, None] * values)
-        if density is not None:
-            found += slopes[:, :, b].mT @ (pressure * slopes[:, :, a])
-            found += slopes[:, :, a].mT @ ((slope - pressure) * slopes[:, :, b])
-        return found / n
-
-    if pairs:  # the pull on each particle changes with all of them
-        turns = [torch.stack([turned(value[:, None] * axis) for value in values.mT], 1) for axis in eye]
-    else:
-        turns = [turned(axis.expand_as(y)) for axis in eye]
+    d, every = y.shape[1], terms_of(functional)
+    rows = by_place(y, MOST)
+    values, eye = terms.values(rows), torch.eye(d).to(y)
+    paired = [each for each in every if has_pairs(each[1])]
+    single = [each for each in every if not has_pairs(each[1]) and not isinstance(each[1], InternalEnergy)]
+    found = values.new_zeros(d, d, values.shape[1], values.shape[1])  # [a, b]: terms along a as p, along b as q
+    turns = [_turned(single, y[rows], axis.expand(len(rows), d), near) for axis in eye]
+    for a, b in product(range(d), repeat=2):
+        found[a, b] = values.mT @ ((eye[a, b] / tau + turns[b][:, a, None]) * values) / len(rows)
+    if paired:  # the pull on each particle changes with all of them
+        few = by_place(y, PAIRED)
+        some = terms.values(few)
+        for b in range(d):
+            turns = torch.stack([_turned(paired, y[few], value[:, None] * eye[b], near) for value in some.mT], 1)
+            found[:, b] += torch.einsum("np,nqa->apq", some, turns) / len(few)
     if density is not None:
-        pressure = slope = torch.zeros_like(density.log)[:, None]
-        for weight, term in terms_of(functional):
-            if isinstance(term, InternalEnergy):
-                pressure = pressure + weight * term.pressure(density.log)[:, None]
-                slope = slope + weight * term.slope(density.log)[:, None]
-    found = torch.stack([torch.stack([block(a, b) for b in range(d)], -1) for a in range(d)], 1)
-    found = found.reshape(terms * d, terms * d)
-    return (found + found.mT) / 2
+        slopes, log_rho = terms.slopes(rows), density.log[rows]
+        internal = [(weight, term) for weight, term in every if isinstance(term, InternalEnergy)]
+        pressure = sum(weight * term.pressure(log_rho) for weight, term in internal)[:, None] / len(rows)
+        slope = sum(weight * term.slope(log_rho) for weight, term in internal)[:, None] / len(rows)
+        for a, b in product(range(d), repeat=2):
+            found[a, b] += slopes[:, :, b].mT @ (pressure * slopes[:, :, a])
+            found[a, b] += slopes[:, :, a].mT @ ((slope - pressure) * slopes[:, :, b])
+    whole = found.permute(2, 0, 3, 1).reshape(d * values.shape[1], -1)
+    return (whole + whole.mT) / 2
+
+
+def _turned(terms: list[tuple[float, Functional]], y: Tensor, by: Tensor, near: float) -> Tensor:
+    """D(grad V) by (n, d) at y (n, d), V the sum of these energies, by a difference."""
+    if not terms:
+        return torch.zeros_like(y)
+    energy = Sum(terms)
+    return (gradient_of(energy, y + near * by, None) - gradient_of(energy, y, None)) / near

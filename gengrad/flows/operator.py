@@ -65,8 +65,8 @@ def step(
     network, known = transport.network, _density(flow, points, x, log_density)
     dense = transport.functional().needs_density
     with torch.no_grad():
-        if not transport.correction or (dense and known is None):
-            return _restored(flow, network(x, network.context(x, tau, transport.told(), known))).cpu()
+        if known is None and (dense or not transport.correction):
+            return _restored(flow, network(x, network.context(x, tau, transport.told()))).cpu()
         clouds = x.reshape(-1, *x.shape[-2:])  # each has its own correction
         logs = [None] * len(clouds) if known is None else known.reshape(len(clouds), -1)
         moved = torch.stack([transport.moved(cloud, log_rho, tau).x for cloud, log_rho in zip(clouds, logs)])

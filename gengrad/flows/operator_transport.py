@@ -74,7 +74,7 @@ class OperatorTransport(Transport):
                 known = torch.where(self.known[k] > UNKNOWN, self.known[k], math.nan).to(x)
             x = self.network(x, self.network.context(self.anchors[k].to(x), self.tau, self.told(), known))
             if self.corrected is not None:
-                x = Correction.unpacked(self.corrected[k].to(x))(x)[0]
+                x = Correction.unpacked(self.corrected[k].to(x))(x)
             yield x
 
     def cost(self, nfe: int | None = None) -> int:
@@ -132,8 +132,9 @@ class OperatorTransport(Transport):
         """One step of a cloud x (n, d) with log rho (n,) at it, where it is known.
 
         Where it is not, or not ``told``, the network sees no log densities, and nothing corrects the step of an energy
-        that needs a density. Nor does it see them where the residual of the step's condition is more than ``DOUBTED``,
-        and than that of the step by the points alone: log densities that are rough mislead it.
+        that needs a density. Nor does it see them where its step folds, or the residual of the step's condition is more
+        than ``DOUBTED``, and the step by the points alone does not fold and has the smaller one: log densities that are
+        rough mislead it.
         """
         x, log_rho = x.clone(), log_rho if log_rho is None else log_rho.clone()  # of no inference mode
         tau, maps = tau or self.tau, None if log_rho is None else SmoothMaps.where_enough(x)
@@ -145,23 +146,23 @@ class OperatorTransport(Transport):
             y, logs = push(self.network, x, tau, log_rho, x, self.told(), known, maps)
             return y, logs, Density(logs, slopes(y, logs)[0]) if dense and told else None
 
-        def off(y: Tensor, density: Density) -> float:
-            return float(residual_of(functional, tau, x, y, density).square().sum(-1).mean().sqrt())
-
         y, logs, density = pushed(known)
         if known is not None:
-            first = off(y, density)  # NaN where it folds
-            if not first * tau <= DOUBTED * float((y - x).square().sum(-1).mean().sqrt()):
+            sound, folds = log_rho.isfinite(), _folds(logs, log_rho)
+            off = _residual(functional, tau, x, y, density, sound)
+            if folds or not off * tau <= DOUBTED * float((y - x).square().sum(-1).mean().sqrt()):
                 other = pushed(None)
-                if (second := off(other[0], other[2])) == second and not first <= second:
+                if not _folds(other[1], log_rho) and (
+                    folds or _residual(functional, tau, x, other[0], other[2], sound) < off
+                ):
                     (y, logs, density), known = other, None
         if not self.correction or (dense and not told):
             return Moved(y, logs, None, known)
         found = correction_of(functional, tau, x, y, density, self.correction)
         if found is None:
             return Moved(y, logs, None, known)
-        corrected, jacobian = found(y.double())
-        logs = logs if logs is None else logs - torch.linalg.det(jacobian).log().to(logs)
+        corrected = found(y.double())
+        logs = logs if logs is None else logs - torch.linalg.det(found.jacobian(y.double())).log().to(logs)
         circulated = None
         if dense and maps is not None:
             circulated = circulation(maps, x, corrected, *slopes(corrected, logs))
@@ -173,6 +174,21 @@ class OperatorTransport(Transport):
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
+
+
+def _folds(after: Tensor, before: Tensor) -> bool:
+    """Whether log rho' is unknown where log rho was known."""
+    return bool((after.isnan() & ~before.isnan()).any())
+
+
+def _residual(
+    functional: Functional, tau: float, x: Tensor, y: Tensor, density: Density | None, rows: Tensor
+) -> float:  # fmt: skip
+    """Root mean square of ``residual_of`` over these rows; NaN where F cannot be taken of the particles."""
+    try:
+        return float(residual_of(functional, tau, x, y, density)[rows].square().sum(-1).mean().sqrt())
+    except ValueError:  # as where particles coincide and an interaction is infinite
+        return math.nan
 
 
 @torch.no_grad()
@@ -222,11 +238,11 @@ def anchored(
         states.append(x)
         step = transport.moved(x, log_rho)
         known.append(None if log_rho is None else torch.full_like(log_rho, math.nan) if step.told is None else log_rho)
-        corrections.append((step.correction or Correction.none(x.shape[1])).packed(transport.correction).to(x))
+        corrections.append(step.correction)
         x, log_rho = step.x, step.log_rho
-    given, dense = log_rho is not None, transport.functional().needs_density
-    return (
-        torch.stack(states),
-        torch.stack(known).to(x) if given else None,
-        torch.stack(corrections) if transport.correction and (given or not dense) else None,
-    )
+    corrected, given = None, log_rho is not None
+    if any(corrections):
+        every = [correction or Correction.none(x.shape[1]) for correction in corrections]
+        most = max(correction.degree for correction in every)
+        corrected = torch.stack([correction.packed(most) for correction in every]).to(x)
+    return torch.stack(states), torch.stack(known).to(x) if given else None, corrected

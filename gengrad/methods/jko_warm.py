@@ -60,7 +60,7 @@ def fitted(
     y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told(), known=known)[0]
     correction = operator.moved(x[:SEEN], known, tau).correction if operator.correction else None
     if correction is not None:
-        y = correction(y.double())[0].to(x)
+        y = correction(y.double()).to(x)
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():

@@ -436,6 +436,38 @@ def test_where_log_densities_mislead_the_network_the_points_alone_move_it():
         assert (by is None) == (taken != told)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_where_some_points_fold_by_log_densities_the_points_alone_move_them(seed, monkeypatch):
+    """An entropy's residual is finite at a fold, and may be the smaller one."""
+    torch.manual_seed(seed)
+    network = SetOperator(event_shape=(1,), width=8, tokens=2, heads=2, blocks=1, log_density=True)
+    source, x = Gaussian(mean=[0.0]), torch.randn(400, 1, generator=torch.Generator().manual_seed(seed))
+    made, plain = OperatorTransport(network, x[None], torch.empty(0, 1), TAU, read_expression("entropy")), push
+    with torch.no_grad():
+        network.affine.bias[0], network.blind.affine.bias[0] = 0.91, 0.5
+
+    def some_fold(net, x, tau, log_rho, particles, weights, known, maps):
+        y, logs = plain(net, x, tau, log_rho, particles, weights, known, maps)
+        return y, logs if known is None else torch.where(x[:, 0] > 2.0, math.nan, logs)
+
+    monkeypatch.setattr("gengrad.flows.operator_transport.push", some_fold)
+    step = made.moved(x, source.log_density(x))
+    assert step.told is None and step.log_rho.isfinite().all()
+    lost = torch.where(x[:, 0] > 2.0, math.nan, source.log_density(x))  # as of a fold before: it is not held against it
+    assert made.moved(x, lost).told is not None
+
+
+def test_what_the_residual_cannot_be_taken_of_is_moved_by_what_is_known():
+    """Points that come twice, and an interaction that is infinite there."""
+    torch.manual_seed(0)
+    network = SetOperator(event_shape=(1,), width=8, tokens=2, heads=2, blocks=1, log_density=True)
+    x = torch.cat([cloud(200)[:, :1]] * 2)
+    terms = read_expression(["entropy", {"name": "interaction", "attraction": 2.0, "repulsion": 0.0}])
+    made = OperatorTransport(network, x[None], torch.empty(0, 1), TAU, terms, correction=1)
+    step = made.moved(x, Gaussian(mean=[0.0]).log_density(x))
+    assert step.correction is None and step.told is not None and step.x.isfinite().all()
+
+
 def test_where_the_smooth_map_folds_densities_go_by_the_networks_own_derivative(monkeypatch):
     """As of an outermost point, whose neighbours lie on one side of it: no fold of the network's."""
     flow, x = operator_flow(), cloud(400)
@@ -453,6 +485,40 @@ def test_where_the_smooth_map_folds_densities_go_by_the_networks_own_derivative(
     others = torch.arange(400) != 3
     assert torch.equal(logs[others], found[others]) and logs[3] == pytest.approx(float(own[3]), abs=1e-6)
     assert push(transport.network, x, TAU, log_rho)[1][3].isnan()  # in training, where such states are left
+
+
+def test_energies_of_particles_are_corrected_in_steps_batches_rollouts_and_samples(tmp_path):
+    """W = |z|^2 / 2: x -> m + (x - m) / (1 + tau). The network stays where it is, nearly; no log density is asked."""
+    terms = read_expression({"name": "interaction", "attraction": 2.0, "repulsion": None})
+    flow, x = operator_flow(terms=terms), cloud(300)
+    network, source = flow.transports[0].network, flow.source
+    with torch.no_grad():
+        network.affine.weight.zero_(), network.affine.bias.zero_()
+        network.affine.bias[0] = -0.6  # of -0.91, and that along one axis
+    made = OperatorTransport(network, x[None], torch.empty(0, 2), TAU, terms, correction=1)
+    states, known, corrected = anchored(made, x, None, 2)
+    assert known is None and corrected.shape == (2, 3 + 3, 2)
+    flow = Flow(
+        source,
+        [OperatorTransport(network, states, made.samples, TAU, terms, None, None, None, None, 1, None, corrected)],
+    )
+
+    def exact(x):
+        mean = x.mean(-2, keepdim=True)
+        return mean + (x - mean) / (1 + TAU)
+
+    def near(y, truth, before):
+        return float((y - truth).norm() / (before - truth).norm()) < 0.05
+
+    both = torch.stack([x, x.flip(1) + 1])
+    assert near(flow.step(x), exact(x), x) and near(flow.step(both), exact(both), both)
+    assert torch.allclose(flow.step(both)[0], flow.step(x), atol=1e-6)
+    way = flow.evolve(x, 2)
+    assert near(way.states[1], exact(x), x) and near(way.x, exact(exact(x)), x)
+    (_, end) = flow.transports[0].path(x)
+    assert torch.allclose(end, way.x, atol=1e-5)
+    flow.save(tmp_path)
+    assert torch.equal(gengrad.load(tmp_path).sample(7, seed=3), flow.sample(7, seed=3))
 
 
 BOWL = {"name": "potential", "weight": 0.1, "potential": {"name": "quadratic"}}

@@ -9,7 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from gengrad.data.base import Distribution
+from gengrad.data.even_clouds import FLAT
 from gengrad.data.families import EDGE, direction, points_of_the_cube
+from gengrad.data.family_members import BarenblattMembers
 from gengrad.registry import DATASETS, Settings
 
 
@@ -34,6 +36,18 @@ class Radial(Distribution):
         # other than on the plane, the direction of a Gaussian: of one sign or the other on the line
         ray = direction(u[:, 1:]) if d == 2 else torch.special.ndtri(u[:, 1:].clamp(EDGE, 1 - EDGE))
         return (radius[:, None] * ray / ray.norm(dim=1, keepdim=True).clamp_min(EDGE)).float()
+
+    def even(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` points (n, d), float64, that stand for the profile together: ``BarenblattMembers.cloud``.
+
+        In the plane a spiral of golden angles; draws above d = 3.
+        """
+        d, p = self.config.dimension, self.power()
+        if d > FLAT:
+            return self.sample(n, generator).double()
+        radius = torch.full((1, 1), self.config.radius, dtype=torch.float64)
+        members = BarenblattMembers(torch.zeros(1, d, dtype=torch.float64), radius, 1 + 1 / p if p else math.inf)
+        return members.cloud(points_of_the_cube(1, n, d, generator))[0]
 
     def log_density(self, x: Tensor) -> Tensor:
         """log of the normalised profile, minus infinity outside of its support, (n, d) -> (n,)."""

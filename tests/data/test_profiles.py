@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.special import betaincinv
 
 from gengrad.data import Ball, Barenblatt, Semicircle, generator_for
 
@@ -44,3 +45,26 @@ def test_samples_are_spread_more_evenly_than_independent_ones(dimension):
     second = 1 / (dimension + 2)  # E x_i^2
     assert draws.mean(1).std(0).max() < 0.5 * (second / 256) ** 0.5  # of independent ones: (second / 256)^(1/2)
     assert draws.mean((0, 1)).abs().max() < 0.02 and abs(float(draws.square().mean()) - second) < 0.005
+
+
+@pytest.mark.parametrize(
+    "law", [Barenblatt(dimension=1), Barenblatt(m=3.0, dimension=2), Semicircle(), Ball(), Ball(dimension=3)]
+)
+def test_an_even_cloud_has_the_law_and_is_nearer_to_it_than_draws(law):
+    """By the shares of mass within nine radii, and the mean of the points, which is the centre."""
+    (d,), p = law.event_shape, law.power()
+    shares = torch.arange(1, 10, dtype=torch.float64) / 10
+    radii = torch.from_numpy(betaincinv(d / 2, p + 1, shares.numpy())).sqrt() * law.radius
+
+    def off(x):
+        within = (x.norm(dim=1)[:, None] <= radii).double().mean(0)
+        return float((within - shares).abs().max()), float(x.mean(0).norm()) / law.radius
+
+    even, drawn = (
+        torch.tensor([off(make(500, generator_for(seed, "test")).double()) for seed in range(5)]).amax(0)
+        for make in (law.even, law.sample)
+    )
+    # quantiles in the radius but for half a point on either side; on the line these are of the coordinate
+    assert even[0] <= 1.5 / 500 and even[1] < 0.01
+    assert even.sum() < 0.8 * drawn.sum()
+    assert law.log_density(law.even(500, generator_for(0, "test"))).isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -93,16 +94,17 @@ def residual_of(functional: Functional, tau: float, x: Tensor, y: Tensor, densit
     return (y - x) / tau + gradient_of(functional, y, density)
 
 
-def correction_of(
+def corrections_of(
     functional: Functional, tau: float, x: Tensor, y: Tensor, density: Density | None, degree: int
-) -> Correction | None:
+) -> Iterator[Correction]:
     """One Newton step from q = 0 of the condition that holds at the exact step for every particle,
 
         r = (y + q - x) / tau + grad dF/drho'(y + q) = 0,   rho' the density of y + q(y),
 
     tested by polynomials: H(q, p) = -E <r, p> for all polynomials p, q one of them, of at most this degree, ``ENOUGH``
     particles to a term. x, y = T x (n, d): the particles before and after; ``density``: log rho' and the score at y,
-    where F needs it, NaN where the map folds. None where q is not to be trusted.
+    where F needs it, NaN where the map folds. From the highest degree to affine maps, two degrees lower each: the next
+    is for whoever finds that one is no better than none; nothing where q is not to be trusted.
 
     r is the gradient, and H the second derivative along y + q, of J = E |y - x|^2 / (2 tau) + F:
 
@@ -113,23 +115,22 @@ def correction_of(
     over the particles has its minimum elsewhere, for they are not the measure; but r is zero at every one of them, be
     they even or independent, and what is rough of it, of mean zero, moves nothing. There is no correction for a density
     with an edge, whose score inside says nothing of it (E score (y - m)' is then not -I), where F cannot be taken of
-    the particles. Where H is not positive, q would go far, or fold, it is sought two degrees lower, at last of affine
-    maps.
+    the particles. Degrees at which H is not positive, q would go far, or fold, are passed over.
     """
     x, y = (v.detach().double() for v in (x, y))
     if density is not None:
         log_rho, score = (v.detach().double() for v in (density.log, density.score))
         sound = log_rho.isfinite() & score.isfinite().all(-1)
         if int(sound.sum()) < len(x) / 2:
-            return None
+            return
         x, y, density = x[sound], y[sound], Density(log_rho[sound], score[sound])
         if not _has_no_edge(y, density.score):
-            return None
+            return
     (n, d), way = x.shape, float((y - x).square().mean().sqrt())
     while degree and n < ENOUGH * math.comb(d + degree, d):
         degree -= 1
     if not degree or not way > 0:
-        return None
+        return
     centre = y.mean(0)
     scale = (y - centre).square().mean().sqrt()
     z = (y - centre) / scale
@@ -137,7 +138,7 @@ def correction_of(
         residual = residual_of(functional, tau, x, y, density)
         bend = _second_derivative(functional, tau, y, density, Polynomials(z, scale, degree), NEAR * way)
     except ValueError:  # as where particles coincide and an interaction is infinite
-        return None
+        return
     pull = (monomials(z, degree, 0)[0].mT @ residual / n).flatten()
     for k in [*range(degree, 1, -2), 1]:
         count = math.comb(d + k, d)  # terms of low degrees come first
@@ -148,8 +149,7 @@ def correction_of(
         found = Correction(solution.view(-1, d), centre, scale, z.abs().amax(0))
         near = (found(y) - y).square().mean().sqrt() <= max(FURTHEST * way, LITTLE * float(scale))
         if bool(near & (torch.linalg.det(found.jacobian(y)) > FOLD).all()):  # not of what is not finite
-            return found
-    return None
+            yield found
 
 
 def _has_no_edge(y: Tensor, score: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gengrad.flows.newton_correction import Correction, correction_of, residual_of
+from gengrad.flows.newton_correction import Correction, corrections_of, residual_of
 from gengrad.flows.polar_factor import circulation
 from gengrad.flows.transports import KINDS, Noise, Transport
 from gengrad.functionals.base import Density, Functional
@@ -46,7 +46,7 @@ class OperatorTransport(Transport):
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``; ``weights`` the range of
     the weight of each term of that name, where it takes others than those of ``terms``. ``correction``: the degree of
-    the polynomial by which a step is corrected (``correction_of``) where its energy needs no log densities, or they are
+    the polynomial by which a step is corrected (``corrections_of``) where its energy needs no log densities, or they are
     known, after which what moves the measure within itself is taken out (``circulation``); 0 for neither.
     ``corrected`` (K, terms + 3, d): the polynomials of the anchors' steps, ``packed``.
     """
@@ -156,21 +156,36 @@ class OperatorTransport(Transport):
                     folds or _residual(functional, tau, x, other[0], other[2], sound) < off
                 ):
                     (y, logs, density), known = other, None
+        moved = Moved(y, logs, None, known)
         if not self.correction or (dense and not told):
-            return Moved(y, logs, None, known)
-        found = correction_of(functional, tau, x, y, density, self.correction)
-        if found is None:
-            return Moved(y, logs, None, known)
-        corrected = found(y.double())
-        logs = logs if logs is None else logs - torch.linalg.det(found.jacobian(y.double())).log().to(logs)
-        circulated = None
-        if dense and maps is not None:
-            circulated = circulation(maps, x, corrected, *slopes(corrected, logs))
+            return moved
+        return self._corrected(functional, tau, x, log_rho, moved, density, maps)
+
+    def _corrected(
+        self, functional: Functional, tau: float, x: Tensor, log_rho: Tensor | None, moved: Moved,
+        density: Density | None, maps: SmoothMaps | None,
+    ) -> Moved:  # fmt: skip
+        """The step x -> ``moved.x`` by the first of ``corrections_of`` it after which the residual is no larger, and
+
+        without what circulates. q is smooth, but what comes of it need not be: beside a narrow component a polynomial
+        bends what it does not see.
+        """
+        y, logs = moved.x.double(), moved.log_rho
+        rows = y.isfinite().all(-1) if logs is None else logs.isfinite()
+        off = _residual(functional, tau, x, y, density, rows)
+        for found in corrections_of(functional, tau, x, y, density, self.correction):
+            z, after = found(y), logs if logs is None else logs - torch.linalg.det(found.jacobian(y)).log().to(logs)
+            bends = slopes(z, after) if density else ()
+            if _residual(functional, tau, x, z, density and Density(after, bends[0]), rows) <= off:
+                break
+        else:
+            return moved
+        circulated = circulation(maps, x, z, *bends) if bends and maps is not None else None
         if circulated is not None:
-            det = determinant(maps.jacobians(x, corrected + circulated))
-            if bool((det > FOLD)[logs.isfinite()].all()):
-                corrected, logs = corrected + circulated, log_rho - det.log().to(log_rho)
-        return Moved(corrected.to(y), logs, found, known)
+            det = determinant(maps.jacobians(x, z + circulated))
+            if bool((det > FOLD)[after.isfinite()].all()):
+                z, after = z + circulated, log_rho - det.log().to(log_rho)
+        return Moved(z.to(moved.x), after, found, moved.told)
 
 
 KINDS[OperatorTransport.kind] = OperatorTransport
@@ -244,5 +259,5 @@ def anchored(
     if any(corrections):
         every = [correction or Correction.none(x.shape[1]) for correction in corrections]
         most = max(correction.degree for correction in every)
-        corrected = torch.stack([correction.packed(most) for correction in every]).to(x)
+        corrected = torch.stack([correction.packed(most).to(x) for correction in every])  # none is on the CPU
     return torch.stack(states), torch.stack(known).to(x) if given else None, corrected

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gengrad.flows.least_squares import monomials
-from gengrad.flows.newton_correction import Correction, Polynomials, _second_derivative, correction_of, is_corrected
+from gengrad.flows.newton_correction import Correction, Polynomials, _second_derivative, corrections_of, is_corrected
 from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.functionals import EnergyDistance, Entropy, InteractionEnergy, PotentialEnergy, PowerEntropy
 from gengrad.functionals.base import Density
@@ -15,6 +15,11 @@ from gengrad.networks import SetOperator
 from gengrad.networks.set_operator import FOLD
 
 TAU = 0.1
+
+
+def correction_of(*given):
+    """The first of the corrections, of the highest degree."""
+    return next(corrections_of(*given), None)
 
 
 def eye(d):

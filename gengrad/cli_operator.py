@@ -19,7 +19,7 @@ def evolve_cloud(flow: Flow, given: Namespace) -> int:
     """Reads the cloud, moves it by ``--steps`` steps, says energies, writes the last state and a film if asked for."""
     from gengrad import plotting
     from gengrad.files import writable
-    from gengrad.flows.operator import operator_of
+    from gengrad.flows.operator import operator_of, rises
     from gengrad.sampling import write_samples
 
     points = read_cloud(given.source)
@@ -36,10 +36,14 @@ def evolve_cloud(flow: Flow, given: Namespace) -> int:
     for warning in told:
         print(f"gengrad: {warning.message}")
     print(f"{len(points)} points, {given.steps} steps, {found.nfe} network evaluations each, {found.seconds:.2f} s")
+    if any(found.corrected):
+        print(f"corrected by their own condition: {sum(map(bool, found.corrected))} of {given.steps} steps")
     if found.energies is None:
-        print("energies: not known, the energy needs a density: --log-density FILE.npy, log rho at the points")
+        dense = operator_of(flow).functional().needs_density and known is None
+        why = "needs a density: --log-density FILE.npy, log rho at the points" if dense else "is infinite of this cloud"
+        print(f"energies: not known, the energy {why}")
     else:
-        rose = int((found.energies.diff() > 1e-6 * (1 + found.energies[:-1].abs())).sum())
+        rose = sum(rises(found.energies.tolist()))
         ends = f"{float(found.energies[0]):.6g} to {float(found.energies[-1]):.6g}"
         print(f"energy: {ends}" + (f", and it rose in {rose} steps" if rose else ", falling in every step"))
     if out:

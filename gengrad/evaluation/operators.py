@@ -19,11 +19,9 @@ from gengrad.flows.densities import doubled
 from gengrad.flows.density_cloud import standing_for
 from gengrad.flows.flow import Flow
 from gengrad.flows.implicit_steps import Reference, State
-from gengrad.flows.operator import Evolution, energies_of, operator_of
+from gengrad.flows.operator import Evolution, energies_of, operator_of, rises
 from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.registry import FAMILIES
-
-NOTICED = 1e-3  # of the fall since the start: a rise that counts, where a rollout has come to rest
 
 
 def judge_rollout(
@@ -34,8 +32,7 @@ def judge_rollout(
 
     ``energy``, and where a reference knows all steps ``energy_implicit``; ``gap``: their difference as a share of what
     the reference has fallen since the start; ``w2``: root of E|X - X_ref|^2 over the points, at least W2; ``moved``:
-    the reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose in the step, by more
-    than rounding and than a thousandth of its fall since the start.
+    the reference's way since the start; ``share``: w2 / moved; ``rose``: whether the energy rose (``rises``).
     """
     functional = transport.functional()
     needs, truths = functional.needs_density, _solved(reference, steps)
@@ -48,7 +45,6 @@ def judge_rollout(
     for k in range(1, steps + 1):
         state = transport.moved(*state, told=told)[:2]
         row = {"step": k, "time": k * transport.tau, "energy_before": before, "energy": energy(state)}
-        row["rose"] = not row["energy"] <= before + max(1e-6 * (1 + abs(before)), NOTICED * (start - before))
         if truths is not None:
             truth = truths[k - 1]
             row["energy_implicit"] = energy(truth)
@@ -58,6 +54,8 @@ def judge_rollout(
             row["share"] = row["w2"] / max(row["moved"], 1e-12)
         before = row["energy"]
         rows.append(row)
+    for row, rose in zip(rows, rises([start, *(row["energy"] for row in rows)])):
+        row["rose"] = rose
     return rows
 
 
@@ -107,10 +105,11 @@ def judge_held_out(
     (``referenced`` of the rollouts, without those that folded), ``gap`` and ``share`` of ``judge_rollout``, the largest
     of each rollout, their mean and (``worst_``) the largest of all; ``_along``: the mean after each step. A cloud of
     independent points near the equilibrium may have less energy than its law, so that exact steps raise it: there is
-    no gap of such.
+    no gap of such; ``rose_alone``: the share of those with a reference whose energy rose, where that of exact steps
+    did not.
     """
     transport, (d,) = doubled(flow)[0], flow.event_shape
-    fell, folded, gaps, shares = [], [], [], []  # gaps and shares: lists along the steps
+    fell, folded, alone, gaps, shares = [], [], [], [], []  # gaps and shares: lists along the steps
     for number in range(count):
         generator = generator_for(seed, "operator/held out", number)
         settings = families[number % len(families)]
@@ -124,10 +123,14 @@ def judge_held_out(
         folded.append(not all(math.isfinite(row["energy"]) for row in rows))
         if "gap" in rows[0] and not folded[-1]:
             shares.append([row["share"] for row in rows])
+            exact = rises([rows[0]["energy_before"], *(row["energy_implicit"] for row in rows)])
+            alone.append(not fell[-1] and not any(exact))
             if all(row["energy_implicit"] < rows[0]["energy_before"] for row in rows):
                 gaps.append([abs(row["gap"]) for row in rows])
     found = {"rollouts": count, "referenced": len(shares), "steps": steps, "fell": sum(fell) / count}
     found["folded"] = sum(folded) / count
+    if alone:
+        found["rose_alone"] = sum(alone) / len(alone)
     for name, values in (("gap", gaps), ("share", shares)):
         if values:
             largest = [max(value) for value in values]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gengrad.flows.asked import whole
+from gengrad.flows.least_squares import by_place
 from gengrad.flows.operator_family import outside
 from gengrad.flows.operator_transport import OperatorTransport
 from gengrad.functionals.base import Density, Functional
@@ -20,7 +23,9 @@ from gengrad.functionals.expression import has_pairs
 if TYPE_CHECKING:
     from gengrad.flows.flow import Flow
 
-PAIRS = 4096  # particles whose energy is taken where every one meets every other
+PAIRS = 4096  # particles whose energy is taken where every one meets every other, spread over the cloud
+NOTICED = 1e-3  # of the fall since the start: a rise that counts
+LARGEST = 1e9  # coordinates; fourth powers are within what float32 holds
 FAR = 0.25  # of the width of the training family outside of it from which on a warning is given
 
 
@@ -30,6 +35,15 @@ def energies_of(functional: Functional, x: Tensor, log_rho: Tensor | None) -> Te
     return torch.stack(values).double().cpu()
 
 
+def rises(energies: Sequence[float]) -> list[bool]:
+    """Whether F rose in each step of a rollout, by more than rounding and than ``NOTICED`` of its fall since the start.
+
+    Where a rollout has come to rest, F wavers by less. An energy that is NaN counts as risen.
+    """
+    start, pairs = energies[0], pairwise(energies)
+    return [not after <= e + max(1e-6 * (1 + abs(e)), NOTICED * (start - e)) for e, after in pairs]
+
+
 @dataclass(frozen=True)
 class Evolution:
     """A cloud on its way under an operator.
@@ -37,7 +51,8 @@ class Evolution:
     ``states`` (steps + 1, n, d) with the start; ``times`` (steps + 1,) flow times; ``energies`` (steps + 1,) and
     ``log_density`` (steps + 1, n), None where they are not known; ``outside``: how far the start lay outside of the
     training family, in widths of it; ``folded``: the share of points at which the map folded in any step, whose
-    densities are NaN from there on (None without densities); ``nfe``: network evaluations a point.
+    densities are NaN from there on (None without densities); ``corrected`` (steps,): the degree of the polynomial that
+    corrected each step, 0 where it is as the network made it; ``nfe``: network evaluations a point.
     """
 
     states: Tensor
@@ -46,6 +61,7 @@ class Evolution:
     log_density: Tensor | None
     outside: float
     folded: float | None
+    corrected: tuple[int, ...]
     nfe: int
     seconds: float
 
@@ -63,6 +79,7 @@ def step(
     transport = operator_of(flow).reweighted(weights)
     tau, x = _tau(transport, tau), _checked(flow, points)
     network, known = transport.network, _density(flow, points, x, log_density)
+    _measured(transport, x.reshape(-1, *x.shape[-2:]))
     dense = transport.functional().needs_density
     with torch.no_grad():
         if known is None and (dense or not transport.correction):
@@ -90,19 +107,26 @@ def evolve(
             "(n,) of log rho at the points, or whatever has log_density(x)), or leave energies out"
         )
     known = log_rho is not None or not functional.needs_density
-    states, densities, values, rest = [x], [log_rho], [], functional.needs_density
+    states, densities, degrees, values, rest = [x], [log_rho], [], [], functional.needs_density
     for _ in range(n_steps):
-        moved, log_rho, *_ = transport.moved(states[-1], log_rho, tau)
-        states.append(moved)
+        moved = transport.moved(states[-1], log_rho, tau)
+        log_rho = moved.log_rho
+        states.append(moved.x)
         densities.append(log_rho)
+        degrees.append(moved.correction.degree if moved.correction else 0)
     if known and energies is not False:
-        most = PAIRS if has_pairs(functional) else len(x)
-        rows = [slice(0, most)] * len(states)
-        if rest:  # the energy of a fold would be NaN: it is taken over the points whose density is known at the end
-            rows = [densities[-1].isfinite().nonzero()[:, 0][:most]] * len(states)
-        with torch.no_grad():
-            values = [energies_of(functional, s[None, r], l[None, r] if rest else None)
-                      for s, l, r in zip(states, densities, rows)]  # fmt: skip
+        # the energy of a fold would be NaN: it is taken over the points whose density is known at the end
+        rows = (densities[-1].isfinite() if rest else torch.ones(len(x), dtype=torch.bool)).nonzero()[:, 0]
+        if has_pairs(functional):
+            rows = rows[by_place(x[rows], PAIRS)]
+        try:
+            with torch.no_grad():
+                values = [energies_of(functional, s[None, rows], l[None, rows] if rest else None)
+                          for s, l in zip(states, densities)]  # fmt: skip
+        except ValueError:  # as of particles that coincide, where an interaction is infinite
+            if energies:
+                raise
+            values = []
     volume = 0.0 if flow.units is None else x.shape[1] * torch.tensor(flow.units[1]).log().item()
     carried = log_rho is not None
     return Evolution(
@@ -110,8 +134,9 @@ def evolve(
         times=tau * torch.arange(n_steps + 1),
         energies=torch.cat(values) if values else None,
         log_density=(torch.stack(densities) - volume).to(x).cpu() if carried else None,
-        outside=_measured(transport, x),
+        outside=_measured(transport, x[None]),
         folded=float((~log_rho.isfinite()).double().mean()) if carried else None,
+        corrected=tuple(degrees),
         nfe=n_steps,
         seconds=time.perf_counter() - started,
     )
@@ -128,6 +153,8 @@ def operator_of(flow: Flow) -> OperatorTransport:
 def _tau(transport: OperatorTransport, tau: float | None) -> float:
     if tau is None or tau == transport.tau:
         return transport.tau
+    if not isinstance(tau, Real):
+        raise ValueError(f"tau is a number, the length of a step; got {tau!r}")
     if transport.taus is None:
         raise ValueError(
             f"this operator was trained for steps of tau={transport.tau:g} alone, not {tau:g}; train with method.taus "
@@ -147,13 +174,18 @@ def _checked(flow: Flow, points: Tensor) -> Tensor:
         raise ValueError(f"this operator moves clouds of points of shape (n, {d}); got {found}")
     if points.shape[-2] < 2:
         raise ValueError(f"an operator moves a measure, and {points.shape[-2]} points are none; give at least 2")
-    if points.is_complex() or not bool(points.isfinite().all()):
-        bad = int((~points.isfinite()).any(-1).sum())
+    if not points.numel():
+        raise ValueError(f"these are no clouds at all: points of shape {tuple(points.shape)}")
+    if points.is_complex():
+        raise ValueError(f"points of real numbers are wanted; got {points.dtype}")
+    if bad := int((~points.isfinite()).any(-1).sum()):
         raise ValueError(f"{bad} of the points are not finite; leave them out")
-    if bool((points == points[..., :1, :]).all(-1).all(-1).any()):
-        raise ValueError("all points are identical: an atom of mass, which no map can spread; give points that differ")
+    if (largest := float(points.detach().abs().max())) > LARGEST:
+        raise ValueError(f"coordinates of {largest:.3g} overflow when they are squared; scale the points down")
     x = points.to(flow.device, torch.get_default_dtype() if not points.is_floating_point() else points.dtype)
     x = x.detach().to(next(flow.parameters()).dtype)
+    if bool((x == x[..., :1, :]).all(-1).all(-1).any()):  # as the network sees them
+        raise ValueError("all points are identical: an atom of mass, which no map can spread; give points that differ")
     return x if flow.units is None else (x - flow.units[0].to(x)) / flow.units[1]
 
 
@@ -177,11 +209,11 @@ def _density(flow: Flow, points: Tensor, x: Tensor, given: object) -> Tensor | N
     return value.to(x.device, torch.float64) + volume  # a large constant would cost digits of what is fitted to it
 
 
-def _measured(transport: OperatorTransport, x: Tensor) -> float:
-    """How far the cloud is outside of the training family; a warning where it is far."""
+def _measured(transport: OperatorTransport, clouds: Tensor) -> float:
+    """How far the farthest cloud is outside of the training family; a warning where it is far."""
     if transport.family is None:
         return 0.0
-    distance, what = outside(transport.family, x)
+    distance, what = max(outside(transport.family, cloud) for cloud in clouds)
     if distance > FAR:
         warnings.warn(
             f"the cloud lies {distance:.2g} widths of the training family outside of it ({what}): the operator was not "

@@ -46,8 +46,8 @@ class OperatorTransport(Transport):
     ``samples`` (m, d; m = 0 for none) are the functional's; ``family`` is the range of ``features`` of the clouds that
     the operator was trained on; ``taus`` the range of tau, where it takes others than ``tau``; ``weights`` the range of
     the weight of each term of that name, where it takes others than those of ``terms``. ``correction``: the degree of
-    the polynomial by which a step is corrected (``corrections_of``) where its energy needs no log densities, or they are
-    known, after which what moves the measure within itself is taken out (``circulation``); 0 for neither.
+    the polynomial by which a step is corrected (``corrections_of``) where its energy needs no log densities, or they
+    are known, after which what moves the measure within itself is taken out (``circulation``); 0 for neither.
     ``corrected`` (K, terms + 3, d): the polynomials of the anchors' steps, ``packed``.
     """
 

@@ -57,10 +57,10 @@ def fitted(
     network = copy.deepcopy(network)
     x = x.float()
     known = None if log_rho is None else log_rho[:SEEN].float()
-    y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told(), known=known)[0]
-    correction = operator.moved(x[:SEEN], known, tau).correction if operator.correction else None
-    if correction is not None:
-        y = correction(y.double()).to(x)
+    step = operator.moved(x[:SEEN], known, tau)  # of what it went by, and what corrected it
+    y = push(operator.network, x, tau, particles=x[:SEEN], weights=operator.told(), known=step.told)[0]
+    if step.correction is not None:
+        y = step.correction(y.double()).to(x)
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():

@@ -200,7 +200,7 @@ def test_the_second_derivative_is_that_of_the_objective(internal):
 
 
 def test_the_second_derivative_of_pairs_too():
-    y, functional = points(40, 2), InteractionEnergy(attraction=4.0, repulsion=2.0)
+    y, functional = points(40, 2), 0.7 * InteractionEnergy(attraction=4.0, repulsion=2.0)
     found, values, _ = second_of(functional, y, None)
     c = points(values.shape[1], 2, seed=1) / 10
     ahead, here, back = (functional(y + e * values @ c) for e in (1e-3, 0.0, -1e-3))
@@ -221,12 +221,15 @@ def test_energies_of_pairs_are_mended_by_high_degrees_too(n, d, most):
     assert after < most**2 * before
 
 
-def test_a_correction_goes_at_most_twice_as_far_as_the_step():
+def test_a_correction_goes_at_most_twice_as_far_as_the_step_or_a_little_of_the_cloud():
     """F = -c E x, whose step is a shift by tau c."""
     x = points(200, 1)
     for c, far in ((2.5, False), (3.5, True)):
         found = correction_of(PotentialEnergy(lambda x, c=c: -c * x.sum(-1)), TAU, x, x + 0.1, None, 1)
         assert found is None if far else torch.allclose(found(x + 0.1), x + TAU * c, atol=1e-6)
+    for c, far in ((0.15, False), (0.3, True)):  # of a map that hardly moves, a hundredth of the cloud's size is near
+        found = correction_of(PotentialEnergy(lambda x, c=c: -c * x.sum(-1)), TAU, x, x + 1e-4, None, 1)
+        assert found is None if far else torch.allclose(found(x + 1e-4), x + TAU * c, atol=1e-6)
 
 
 def test_which_energies_are_corrected():

@@ -11,13 +11,16 @@ import gengrad
 from gengrad.cli import main
 from gengrad.data import Gaussian
 from gengrad.flows import Flow, OperatorTransport, VelocityTransport
+from gengrad.flows.newton_correction import Correction
+from gengrad.flows.operator import rises
 from gengrad.flows.operator_family import family_of, features, outside
-from gengrad.flows.operator_transport import UNKNOWN, anchored, push
+from gengrad.flows.operator_transport import UNKNOWN, Moved, anchored, push
 from gengrad.functionals.expression import read_expression
 from gengrad.networks import MLP, SetOperator
 from gengrad.networks.local_fit import SmoothMaps, moments
 
 CENTRE, STRETCH, TAU = 1.5, -0.8, 0.1
+SPRINGS = {"name": "interaction", "weight": 0.1, "attraction": 2.0, "repulsion": None}
 TO_THE_CENTRE = [{"name": "potential", "potential": "quadratic"}]
 
 
@@ -131,6 +134,8 @@ def test_a_cloud_far_outside_is_moved_with_a_warning():
     flow = operator_flow(family=family_of(torch.stack([cloud(seed=k) + 0.1 * k for k in range(5)])))
     with pytest.warns(UserWarning, match="widths of the training family outside of it"):
         assert flow.evolve(cloud() + 50, 1).outside > 10
+    with pytest.warns(UserWarning, match="widths of the training family outside of it"):
+        flow.step(torch.stack([cloud(), cloud() + 50]))  # the farthest of the clouds
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert flow.evolve(cloud(seed=2) + 0.2, 1).outside == 0
@@ -155,6 +160,11 @@ BAD = {
     "half a step": (lambda f: f.evolve(cloud(), 1.5), "got 1.5"),
     "another tau": (lambda f: f.step(cloud(), tau=0.2), "tau=0.1 alone, not 0.2"),
     "many clouds": (lambda f: f.evolve(cloud()[None], 2), "takes one cloud"),
+    "no clouds": (lambda f: f.step(torch.empty(0, 10, 2)), r"no clouds at all: points of shape \(0, 10, 2\)"),
+    "complex points": (lambda f: f.step(cloud().to(torch.complex64)), "real numbers are wanted; got torch.complex64"),
+    "points that overflow": (lambda f: f.step(1e20 * cloud()), "overflow when they are squared"),
+    "an atom as float32": (lambda f: f.step(1e6 + 1e-3 * torch.eye(2).double()), "all points are identical"),
+    "a tau of letters": (lambda f: f.step(cloud(), tau="0.1"), "tau is a number, the length of a step; got '0.1'"),
     "a density of another cloud": (
         lambda f: f.evolve(cloud(), 2, log_density=torch.zeros(3)), r"shape \(200,\).*got \(3,\)",
     ),
@@ -455,6 +465,9 @@ def test_where_some_points_fold_by_log_densities_the_points_alone_move_them(seed
     assert step.told is None and step.log_rho.isfinite().all()
     lost = torch.where(x[:, 0] > 2.0, math.nan, source.log_density(x))  # as of a fold before: it is not held against it
     assert made.moved(x, lost).told is not None
+    with torch.no_grad():
+        network.affine.bias[0] = 0.02  # far too short: nor does what was lost keep the points from being asked
+    assert made.moved(x, lost).told is None
 
 
 def test_what_the_residual_cannot_be_taken_of_is_moved_by_what_is_known():
@@ -521,8 +534,68 @@ def test_energies_of_particles_are_corrected_in_steps_batches_rollouts_and_sampl
     assert torch.equal(gengrad.load(tmp_path).sample(7, seed=3), flow.sample(7, seed=3))
 
 
+def test_a_correction_is_taken_if_the_residual_is_no_larger_after_it(monkeypatch):
+    """Else one of a lower degree, at last none."""
+    flow, x = corrected_flow(), cloud(400)
+    transport, log_rho = flow.transports[0], flow.source.log_density(x)
+    good = transport.moved(x, log_rho)
+    transport.correction = 0
+    plain = transport.moved(x, log_rho)
+    transport.correction = 2
+    bad = Correction(0.3 * torch.eye(3, 2).double(), torch.zeros(2).double(), torch.ones(()).double(), torch.ones(2))
+    for offered, taken in (([bad, good.correction], good), ([bad], plain)):
+        monkeypatch.setattr("gengrad.flows.operator_transport.corrections_of", lambda *_, o=offered: iter(o))
+        moved = transport.moved(x, log_rho)
+        assert torch.allclose(moved.x, taken.x, atol=1e-6) and torch.allclose(moved.log_rho, taken.log_rho, atol=1e-6)
+        assert moved.correction is taken.correction
+    assert flow.evolve(x, 1, log_density=log_rho).corrected == (0,)
+    monkeypatch.undo()
+    assert flow.evolve(x, 2, log_density=log_rho).corrected == (2, 2) and flow.evolve(x, 1).corrected == (0,)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_anchors_of_which_some_steps_are_corrected_are_packed_to_the_highest_degree(device, monkeypatch):
+    made, x = operator_flow().transports[0], cloud(50).to(device)
+    coefficients = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
+    found = Correction(*(v.to(device) for v in (coefficients, torch.zeros(2), torch.ones(()), torch.full((2,), 9.0))))
+    every = iter([None, found, None])
+    monkeypatch.setattr(made, "moved", lambda x, log_rho: Moved(x, None, next(every), None))
+    made.correction = 7
+    corrected = anchored(made, x, None, 3)[2]
+    assert corrected.shape == (3, 3 + 3, 2) and corrected.dtype == x.dtype and corrected.device == x.device
+    if device == "cpu":
+        assert torch.equal(Correction.unpacked(corrected[0])(x), x)
+        assert torch.allclose(Correction.unpacked(corrected[1])(x), found(x.double()).float(), atol=1e-5)
+        assert float((found(x.double()) - x).norm()) > 0.1 * float(coefficients.norm())
+
+
+def test_energies_of_pairs_are_taken_of_particles_spread_over_the_cloud(monkeypatch):
+    """Not of the first rows of the user's array, which may be sorted."""
+    flow, x = operator_flow(terms=SPRINGS), cloud(400)
+    ordered, whole = x[x[:, 0].argsort()], flow.evolve(x, 2).energies
+    monkeypatch.setattr("gengrad.flows.operator.PAIRS", 100)
+    one, other = (flow.evolve(points, 2).energies for points in (x, ordered))
+    assert torch.allclose(one, other) and torch.allclose(one, whole, rtol=0.15) and not torch.equal(one, whole)
+
+
+def test_energies_that_are_infinite_are_left_out_unless_they_are_asked_for(tmp_path, capsys):
+    flow, x = operator_flow(terms={"name": "interaction", "attraction": 2.0, "repulsion": 0.0}), cloud(40)
+    twice = torch.cat([x, x])
+    assert flow.evolve(twice, 2).energies is None and flow.evolve(x, 2).energies is not None
+    with pytest.raises(ValueError, match="coincide"):
+        flow.evolve(twice, 2, energies=True)
+    flow.save(tmp_path / "run")
+    np.save(tmp_path / "twice.npy", twice.numpy())
+    assert main(["sample", str(tmp_path / "run"), "--source", str(tmp_path / "twice.npy"), "--steps", "2"]) == 0
+    assert "energies: not known, the energy is infinite of this cloud" in capsys.readouterr().out
+
+
+def test_a_rise_counts_if_it_is_more_than_a_thousandth_of_the_fall():
+    assert rises([1.0, 0.5, 0.5004, 0.502]) == [False, False, True]
+    assert rises([1.0, 1.0 + 1e-7, 1.0 + 1e-4, math.nan]) == [False, True, True]
+
+
 BOWL = {"name": "potential", "weight": 0.1, "potential": {"name": "quadratic"}}
-SPRINGS = {"name": "interaction", "weight": 0.1, "attraction": 2.0, "repulsion": None}
 
 
 @pytest.mark.parametrize("terms", [["entropy"], [BOWL, "entropy"], [SPRINGS, "entropy"]])

@@ -69,6 +69,18 @@ def test_the_potential_is_fitted_to_the_corrected_map():
     assert slopes == pytest.approx([1.08, (1 + (1 + 4 * TAU) ** 0.5) / 2], abs=2e-3)
 
 
+def test_the_potential_is_fitted_to_the_step_by_the_points_alone_where_that_is_taken():
+    """Told log densities, T x = -x, which folds; by the points alone 1.08 x."""
+    x = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
+    made, log_rho = operator(log_density=True), -x[:, 0].square() / 2
+    with torch.no_grad():
+        made.network.affine.bias[0], made.network.blind.affine.bias[0] = -20.0, 0.8
+    network = ICNN(event_shape=(1,), width=16)
+    network.whiten(x.double())
+    y = fitted(network, made, x, TAU, 300, log_rho)(x).detach()
+    assert float((x * y).mean() / x.square().mean()) == pytest.approx(1.08, abs=2e-3)
+
+
 def test_an_operator_for_several_weights_starts_one_of_them(tmp_path):
     made = operator(terms=[{"name": "entropy", "weight": 0.5}])
     made.weights = {"entropy": [0.25, 1.0]}

@@ -15,7 +15,8 @@ mixtures with twice as many components at the reach and sizes of the first famil
 training families (1,024 of them, 512 for energies of particles), whose own implicit step differs from that of their law
 by the noise of the cloud, and in the plane from products, mixtures with independent coordinates, even and independent
 points of these; steps of energies with a density are corrected by log densities, and networks that take these are told
-them, but for ``untold`` (the same products, or the training's families, by the points alone). References
+them, but for ``points_alone``: independent points, in the plane of products, of which no log density is given, and
+whose steps nothing corrects. References
 (``evaluation/references.py``): on the line all of them, for energies of particles the step of the very cloud, in the
 plane Gaussians, profiles and products. ``fell``: share of all these rollouts in which the energy fell in every step.
 correction: shares and gaps of 8 held-out rollouts of each kind with corrections of several degrees, 0 for none, and
@@ -93,8 +94,8 @@ def accuracy(case: str, seed: int, given: argparse.Namespace) -> dict:
         kinds += [("more_components", more_components(config["method"]), {}), ("independent", initial, {"even": False})]
         if (products := independent_coordinates(flow)) is not None:
             kinds += [("products", products, {}), ("independent_products", products, {"even": False})]
-        if config["network"].get("log_density"):
-            kinds += [("untold", products or initial, {"told": False})]
+        if operator_of(flow).functional().needs_density:
+            kinds += [("points_alone", products or initial, {"even": False, "told": False})]
     for name, families, how in kinds:
         held = judge_held_out(flow, families, 2 * horizon, count=count, n=few, seed=seed + 1, **how)
         found |= {

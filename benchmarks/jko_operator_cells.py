@@ -15,21 +15,12 @@ WELLS = {"name": "potential", "potential": {"name": "double_well", "height": 0.5
 ENTROPY = {"name": "entropy"}
 PLANE = {"name": "space", "dimension": 2}
 BOUND, FREE = ({"translation_equivariant": free} for free in (False, True))
-# on the line, for energies that are not the same everywhere: told log densities, of independent points too
-TOLD = {"network": {**BOUND, "log_density": True}, "train": {"steps": 3000, "grad_clip": 0.01}}
-INDEPENDENT = {"reuse": 4, "independent": 0.25}
 WIDER = ["gaussians", {"name": "mixtures", "reach": 1.0, "smallest": 0.4}, {"name": "mixtures", "smallest": 0.3}]
 # case -> (config, changes of its sections)
 CASES: dict[str, tuple[str, dict]] = {
     "heat_1": ("heat", {}),
-    "fokker_planck_1": (
-        "heat",
-        {**TOLD, "method": {"functional": [QUADRATIC, ENTROPY], **INDEPENDENT, "initial": WIDER}},
-    ),
-    "double_well_1": (
-        "heat",
-        {**TOLD, "method": {"functional": [WELLS, {**ENTROPY, "weight": 0.5}], **INDEPENDENT}},
-    ),
+    "fokker_planck_1": ("double_well", {"method": {"functional": [QUADRATIC, ENTROPY], "initial": WIDER}}),
+    "double_well_1": ("double_well", {}),
     "fokker_planck_2": ("fokker_planck", {}),
     "double_well_2": (
         "fokker_planck",

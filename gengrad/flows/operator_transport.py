@@ -141,10 +141,11 @@ class OperatorTransport(Transport):
         told, functional = told and log_rho is not None, self.functional()
         known = log_rho if told and self.network.config.log_density else None
         dense = functional.needs_density
+        scored = dense and told and (known is not None or self.correction > 0)  # a residual is asked for
 
         def pushed(known: Tensor | None) -> tuple[Tensor, Tensor | None, Density | None]:
             y, logs = push(self.network, x, tau, log_rho, x, self.told(), known, maps)
-            return y, logs, Density(logs, slopes(y, logs)[0]) if dense and told else None
+            return y, logs, Density(logs, slopes(y, logs)[0]) if scored else None
 
         y, logs, density = pushed(known)
         if known is not None:

@@ -205,7 +205,14 @@ def test_a_held_out_gaussian_is_judged_by_its_own_mean_and_covariance(monkeypatc
         assert torch.allclose(x.mean(0), mean, atol=0.01) and torch.allclose(x.T.cov(), covariance, atol=0.03)
 
 
-def test_evaluate_writes_the_table_the_energies_and_the_film(tmp_path, capsys):
+def test_evaluate_writes_the_table_the_energies_and_the_film(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def judged(*given, even=True, told=True, **named):
+        asked.append((even, told))
+        return judge_held_out(*given, even=even, told=told, **named)
+
+    monkeypatch.setattr("gengrad.rollouts.judge_held_out", judged)
     raw = {
         "source": {"name": "gaussian", "mean": [0.0]},
         "data": {"name": "space", "dimension": 1},
@@ -219,8 +226,11 @@ def test_evaluate_writes_the_table_the_energies_and_the_film(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     assert main(["train", str(tmp_path / "run.yaml")]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert "| more components |" in capsys.readouterr().out
+    told = capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "steps.json").read_text())
+    kinds = ["more components", "independent points", "independent points without log densities"]
+    assert list(report["held_out"]) == ["as in training", *kinds] and all(f"| {kind} |" in told for kind in kinds)
+    assert asked == [(True, True), (True, True), (False, True), (False, False)]
     assert [row["step"] for row in report["steps"]] == [1, 2] and report["held_out"]["as in training"]["steps"] == 2
     for name in ("energy.png", "rollout.gif", "steps.md"):
         assert (tmp_path / "run" / name).stat().st_size > 0

@@ -230,7 +230,8 @@ class Flow(nn.Module):
         ``tau``, ``weights`` of the energy's terms by their names: where it was trained for several. ``log_density``:
         log rho at the points (..., n), or what has ``log_density(x)``; steps of energies that need a density are
         then corrected towards the optimal map that solves the step's condition, as those of other energies are without,
-        and networks that take it know the measure better.
+        and networks that take it know the measure better. Raises ``ValueError`` for what is no cloud of this space, and
+        warns of one far outside of the training family.
         """
         return operator.step(self, points, tau, weights, log_density)
 

@@ -116,7 +116,7 @@ def evolve(
         degrees.append(moved.correction.degree if moved.correction else 0)
     if known and energies is not False:
         # the energy of a fold would be NaN: it is taken over the points whose density is known at the end
-        rows = (densities[-1].isfinite() if rest else torch.ones(len(x), dtype=torch.bool)).nonzero()[:, 0]
+        rows = densities[-1].isfinite().nonzero()[:, 0] if rest else torch.arange(len(x), device=x.device)
         if has_pairs(functional):
             rows = rows[by_place(x[rows], PAIRS)]
         try:
@@ -181,7 +181,7 @@ def _checked(flow: Flow, points: Tensor) -> Tensor:
     if bad := int((~points.isfinite()).any(-1).sum()):
         raise ValueError(f"{bad} of the points are not finite; leave them out")
     if (largest := float(points.detach().abs().max())) > LARGEST:
-        raise ValueError(f"coordinates of {largest:.3g} overflow when they are squared; scale the points down")
+        raise ValueError(f"coordinates of {largest:.3g} overflow in the network; scale the points down")
     x = points.to(flow.device, torch.get_default_dtype() if not points.is_floating_point() else points.dtype)
     x = x.detach().to(next(flow.parameters()).dtype)
     if bool((x == x[..., :1, :]).all(-1).all(-1).any()):  # as the network sees them

@@ -162,7 +162,7 @@ BAD = {
     "many clouds": (lambda f: f.evolve(cloud()[None], 2), "takes one cloud"),
     "no clouds": (lambda f: f.step(torch.empty(0, 10, 2)), r"no clouds at all: points of shape \(0, 10, 2\)"),
     "complex points": (lambda f: f.step(cloud().to(torch.complex64)), "real numbers are wanted; got torch.complex64"),
-    "points that overflow": (lambda f: f.step(1e20 * cloud()), "overflow when they are squared"),
+    "points that overflow": (lambda f: f.step(1e20 * cloud()), "overflow in the network"),
     "an atom as float32": (lambda f: f.step(1e6 + 1e-3 * torch.eye(2).double()), "all points are identical"),
     "a tau of letters": (lambda f: f.step(cloud(), tau="0.1"), "tau is a number, the length of a step; got '0.1'"),
     "a density of another cloud": (
